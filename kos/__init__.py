@@ -1,0 +1,1 @@
+"""The shared kernel of kos: S3 protocol without I/O, origin access, configuration, clock, tasks, metrics."""
