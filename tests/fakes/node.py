@@ -1,0 +1,142 @@
+"""A real node (`kos up`, its daemon and its workers) as child processes, and a moto origin, for tests with real clients.
+
+Faults that a test can cause: kill -9 of a worker or of the daemon (`worker_pids`, `daemon_pid`), SIGTERM of the whole
+node (`stop`), a start again over the same cache directory (`start`), a stopped origin (`moto` is a plain child process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from koscli.demo.processes import answers, free_ports, running, saw_line, tail
+
+ACCESS_KEY = "kostestkey"
+SECRET_KEY = "kos/test+secret"
+START_TIMEOUT_S = 60.0
+
+
+class Node:
+    """One node. `overrides` are merged into the configuration, mapping by mapping."""
+
+    def __init__(self, directory: Path, origin_url: str, overrides: dict[str, Any] | None = None) -> None:
+        s3, admin, peer = free_ports(3)
+        self.directory = directory
+        self.config = _merge(_configuration(directory, origin_url, s3, admin, peer), overrides or {})
+        self.config_path = directory / "kos.yaml"
+        self.s3_url = f"http://127.0.0.1:{s3}"
+        self.s3_port = s3
+        self.admin_url = f"http://127.0.0.1:{admin}"
+        self.log_path = directory / "node.log"
+        self._stack = contextlib.ExitStack()
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        self.config_path.write_text(yaml.safe_dump(self.config))
+        command = [sys.executable, "-m", "koscli", "up", "--config", str(self.config_path)]
+        log = self._stack.enter_context(self.log_path.open("a"))
+        self.process = self._stack.enter_context(running("kos up", command, stderr=log))
+        assert self.process.stdout is not None
+        if not saw_line(self.process.stdout, "kos ready", START_TIMEOUT_S):
+            raise AssertionError(f"the node did not become ready:\n{tail(self.log_path, 60)}")
+
+    def stop(self) -> int:
+        """SIGTERM, wait, and return the exit status."""
+        assert self.process is not None
+        process = self.process
+        self._stack.close()
+        self.process = None
+        return int(process.returncode)
+
+    def daemon_pid(self) -> int:
+        (pid,) = self._children("koscache")
+        return pid
+
+    def worker_pids(self) -> list[int]:
+        return self._children("kosproxy")
+
+    def _children(self, package: str) -> list[int]:
+        assert self.process is not None
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child.pid for child in children if any(package in word for word in child.cmdline())]
+
+    def ready(self) -> dict[str, Any]:
+        """What /readyz says, whatever its status."""
+        try:
+            with urllib.request.urlopen(f"{self.admin_url}/readyz", timeout=5) as response:
+                return dict(json.load(response))
+        except urllib.error.HTTPError as refusal:
+            return dict(json.load(refusal))
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.admin_url}/metrics", timeout=5) as response:
+            return str(response.read().decode())
+
+
+@contextlib.contextmanager
+def node(directory: Path, origin_url: str, overrides: dict[str, Any] | None = None) -> Iterator[Node]:
+    one = Node(directory, origin_url, overrides)
+    one.start()
+    try:
+        yield one
+    finally:
+        if one.process is not None:
+            one.stop()
+
+
+@contextlib.contextmanager
+def moto_origin(directory: Path) -> Iterator[str]:
+    """A moto server as a child process; yields its URL."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    log_path = directory / "moto.log"
+    with log_path.open("w") as log, running("moto", command, stderr=log) as process:
+        eventually(lambda: process.poll() is not None or answers(url + "/moto-api/"), "moto answers")
+        assert process.poll() is None, tail(log_path)
+        yield url
+
+
+def eventually(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
+    """Poll until `condition` holds; fail with `what` after timeout_s. For states of other processes only."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"did not happen within {timeout_s} s: {what}"
+        time.sleep(0.02)
+
+
+def _configuration(directory: Path, origin_url: str, s3: int, admin: int, peer: int) -> dict[str, Any]:
+    return {
+        "region": "test",
+        "listen": {"s3": f"127.0.0.1:{s3}", "admin": f"127.0.0.1:{admin}", "peer": f"127.0.0.1:{peer}"},
+        "workers": 2,
+        "origin": {
+            "endpoint": origin_url,
+            "region": "us-east-1",
+            "addressing": "path",
+            "access_key": "origin-key",
+            "secret_key": "origin-secret",
+        },
+        "cache": {"dir": str(directory / "cache"), "size": "1GiB", "block_size": "1MiB", "segment_size": "16MiB"},
+        "credentials": [{"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}],
+        "rules": [{"match": "datasets/*", "freshness": "immutable"}, {"match": "*", "freshness": "30s"}],
+        "control": {"url": f"sqlite:///{directory}/control.db"},
+        "log": {"access": str(directory / "access.jsonl")},
+    }
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        merged[name] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
