@@ -1,0 +1,249 @@
+"""The answer to an object read: status, headers and the slice of the body, from a record and a request.
+
+Owns: what is kept of the origin's headers, conditions -> range -> headers in S3's order, response-* overrides, and the
+bytes of a response head. Does not own: where the body comes from, or the XML of an error (kos.s3.xml).
+
+Invariant: pure, and the only place where these headers are made: for the same request and record every lane gives the
+same status, headers and slice. No header value that leaves here holds CR, LF or NUL.
+
+Sources: https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html and API_HeadObject.html; RFC 9110 section
+15.4.5 (what a 304 carries), RFC 9111 section 5.1 (Age).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final
+
+from kos.errors import S3Error
+from kos.s3 import conditions, ranges
+
+if TYPE_CHECKING:
+    from kos.s3.head import RequestHead
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectMeta:
+    """What the origin said about one version of an object, as far as it may be said again.
+
+    etag: as on the wire, with quotes. size: bytes. last_modified: HTTP date, "" when the origin gave none. headers: all
+    other end-to-end headers. checksums: x-amz-checksum-* of the whole object; checksums_known: whether the origin was
+    asked for them, so that an empty tuple means "it has none".
+    """
+
+    etag: str
+    size: int
+    last_modified: str
+    headers: tuple[tuple[str, str], ...]
+    checksums: tuple[tuple[str, str], ...] = ()
+    checksums_known: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectAnswer:
+    """A response to a read: the body is the half-open slice start, stop of the object; start == stop means no body."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    start: int
+    stop: int
+
+
+# Headers of the origin's answer that are not the object's: they belong to one connection, to one response, to the
+# origin itself, or are made anew in answer(). Access-Control-* depends on the asker's Origin.
+_NOT_KEPT: Final = frozenset(
+    {
+        "accept-ranges", "age", "alt-svc", "connection", "content-length", "content-range", "date", "etag", "keep-alive",
+        "last-modified", "proxy-authenticate", "proxy-authentication-info", "proxy-connection", "server", "set-cookie",
+        "strict-transport-security", "te", "trailer", "transfer-encoding", "upgrade", "via", "www-authenticate",
+        "x-amz-id-2", "x-amz-mp-parts-count", "x-amz-request-id", "x-amz-request-charged", "x-kos-cache",
+    }
+)  # fmt: skip
+_NOT_KEPT_PREFIXES: Final = ("access-control-",)
+_CHECKSUM_PREFIX: Final = "x-amz-checksum-"
+# What S3 names an object that was stored without a type.
+_DEFAULT_TYPE: Final = ("Content-Type", "binary/octet-stream")
+
+_CONTENT_RANGE: Final = re.compile(r"bytes (?:[0-9]{1,20}-[0-9]{1,20}|\*)/([0-9]{1,20})", re.ASCII)
+_CONTENT_LENGTH: Final = re.compile(r"[0-9]{1,20}", re.ASCII)
+
+
+def meta_from_headers(
+    status: int, headers: Mapping[str, str] | Iterable[tuple[str, str]], *, checksum_mode: bool = True
+) -> ObjectMeta | None:
+    """What the origin's answer to a GET or HEAD of an object tells about it; None when it does not name one version.
+
+    status: 200 or 206, anything else gives None. headers: of that answer, names in any case. checksum_mode: whether the
+    request carried x-amz-checksum-mode: ENABLED. None also when the ETag or the size of the whole object is missing or
+    unreadable: without them bytes of two versions could not be told apart.
+    """
+    if status not in (200, 206):
+        return None
+    pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+    named = {name.lower(): value for name, value in pairs}
+    etag = named.get("etag", "").strip()
+    size = _size_of_whole(status, named)
+    if not etag or size is None:
+        return None
+    hop_by_hop = {name.strip().lower() for name in named.get("connection", "").split(",")}
+    kept: list[tuple[str, str]] = []
+    checksums: list[tuple[str, str]] = []
+    for name, value in pairs:
+        lower = name.lower()
+        if lower.startswith(_CHECKSUM_PREFIX):
+            checksums.append((name, value))
+        elif lower not in _NOT_KEPT and lower not in hop_by_hop and not lower.startswith(_NOT_KEPT_PREFIXES):
+            kept.append((name, value))
+    if "content-type" not in named:
+        kept.append(_DEFAULT_TYPE)
+    # A 206 may carry the checksum of a part where the range is exactly that part: it says nothing about the object.
+    whole = status == 200
+    return ObjectMeta(
+        etag=etag,
+        size=size,
+        last_modified=named.get("last-modified", ""),
+        headers=tuple(kept),
+        checksums=tuple(checksums) if whole else (),
+        checksums_known=whole and (checksum_mode or bool(checksums)),
+    )
+
+
+def _size_of_whole(status: int, named: Mapping[str, str]) -> int | None:
+    if status == 206:
+        match = _CONTENT_RANGE.fullmatch(named.get("content-range", "").strip())
+        return None if match is None else int(match[1])
+    length = named.get("content-length", "").strip()
+    return int(length) if _CONTENT_LENGTH.fullmatch(length) else None
+
+
+#: Query parameters by which a client replaces a response header.
+OVERRIDES: Final[Mapping[str, str]] = {
+    "response-content-type": "Content-Type",
+    "response-content-language": "Content-Language",
+    "response-expires": "Expires",
+    "response-cache-control": "Cache-Control",
+    "response-content-disposition": "Content-Disposition",
+    "response-content-encoding": "Content-Encoding",
+}
+# What a 304 keeps of the record's headers (ETag and Last-Modified are always there).
+_KEPT_ON_304: Final = frozenset({"cache-control", "content-location", "expires", "vary", "x-amz-version-id"})
+_CONDITIONAL_OR_RANGED: Final = conditions.CONDITION_HEADERS | {"range"}
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_ACCEPT_RANGES: Final = ("Accept-Ranges", "bytes")
+
+
+def answer(
+    head: RequestHead,
+    params: Mapping[str, str],
+    meta: ObjectMeta,
+    *,
+    cache_note: str,
+    age_s: int | None,
+    request_id: str,
+    date: str | None = None,
+) -> ObjectAnswer:
+    """The response to a GET or HEAD of the object that meta describes: 200, 206 or 304.
+
+    params: the decoded query. cache_note: the value of x-kos-cache. age_s: seconds since the origin vouched for meta, None
+    for no Age header. date: the value of Date, None to leave it out. For HEAD the slice is empty and Content-Length that
+    of the GET. Raises S3Error PreconditionFailed (412), InvalidRange (416), InvalidArgument (a response-* override that
+    cannot be a header).
+    """
+    size = meta.size
+    start, stop, status = 0, size, 200
+    kept: Iterable[tuple[str, str]] = meta.headers
+    if not OVERRIDES.keys().isdisjoint(params):
+        kept = _overridden(meta.headers, params)
+    asked = head.headers
+    if not _CONDITIONAL_OR_RANGED.isdisjoint(asked):
+        verdict = conditions.evaluate(asked, meta.etag, meta.last_modified)
+        if verdict in conditions.FAILED:
+            raise S3Error("PreconditionFailed", extra={"Condition": verdict.value})
+        if verdict in conditions.NOT_MODIFIED:
+            status = 304
+        elif "range" in asked and conditions.range_applies(asked.get("if-range"), meta.etag, meta.last_modified):
+            spec = ranges.parse(asked["range"])
+            if spec is not None:
+                start, stop = ranges.resolve(spec, size)
+                status = 206
+    headers = [("x-amz-request-id", request_id), ("x-kos-cache", cache_note), ("ETag", meta.etag)]
+    if meta.last_modified:
+        headers.append(("Last-Modified", meta.last_modified))
+    if date is not None:
+        headers.append(("Date", date))
+    if age_s is not None:
+        headers.append(("Age", str(age_s)))
+    if status == 304:
+        headers.extend([pair for pair in kept if pair[0].lower() in _KEPT_ON_304])
+        return ObjectAnswer(304, headers, 0, 0)
+    headers.append(_ACCEPT_RANGES)
+    headers.extend(kept)
+    if status == 206:
+        headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{size}"))
+    elif meta.checksums and asked.get("x-amz-checksum-mode", "").upper() == "ENABLED":
+        headers.extend(meta.checksums)
+    headers.append(("Content-Length", str(stop - start)))
+    if head.method == "HEAD":
+        return ObjectAnswer(status, headers, 0, 0)
+    return ObjectAnswer(status, headers, start, stop)
+
+
+def _overridden(kept: Iterable[tuple[str, str]], params: Mapping[str, str]) -> list[tuple[str, str]]:
+    replaced: dict[str, tuple[str, str]] = {}
+    for parameter, name in OVERRIDES.items():
+        text = params.get(parameter)
+        if text is not None:
+            replaced[name.lower()] = (name, _header_text(parameter, text))
+    return [pair for pair in kept if pair[0].lower() not in replaced] + list(replaced.values())
+
+
+def _header_text(parameter: str, text: str) -> str:
+    """A client's text as a header value, in the ISO-8859-1 that S3 sends it in; raises InvalidArgument if it cannot be one.
+
+    The wire encoding of kos' header strings is UTF-8 with surrogateescape; decoding Latin-1 bytes that way makes them
+    come out as they are.
+    """
+    if _CONTROL.search(text) is None:
+        try:
+            return text if text.isascii() else text.encode("latin-1").decode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            pass
+    raise S3Error(
+        "InvalidArgument",
+        "Header value cannot be represented using ISO-8859-1.",
+        extra={"ArgumentName": parameter, "ArgumentValue": text},
+    )
+
+
+_STATUS_LINES: Final[Mapping[int, str]] = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
+}
+
+
+def render_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    """The bytes of a response head: status line, headers, blank line. UTF-8 with surrogateescape, as headers are decoded.
+
+    Raises ValueError when a name or value holds CR, LF or NUL: such a header would end the head early and let whoever
+    chose the value write the rest of the response.
+    """
+    lines = [f"{name}: {value}\r\n" for name, value in headers]
+    text = _STATUS_LINES[status] + "".join(lines) + "\r\n"
+    line_count = len(lines) + 2
+    if text.count("\n") != line_count or text.count("\r") != line_count or "\0" in text:
+        raise ValueError("a response header holds CR, LF or NUL")
+    return text.encode("utf-8", "surrogateescape")
+
+
+@lru_cache(maxsize=4)
+def _http_date(epoch_s: int) -> str:
+    return formatdate(epoch_s, usegmt=True)
+
+
+def http_date(epoch_s: float) -> str:
+    """A time as an HTTP date (RFC 9110 section 5.6.7); made once a second."""
+    return _http_date(int(epoch_s))
