@@ -1,0 +1,126 @@
+"""The values that pass between the carrier and the server in front of it.
+
+Owns: what a lookup says (Peek), what a client wants (Want), what an open brought (Opened), and the pieces of a body.
+Does not own: how any of it is found out.
+
+Invariant: a piece is bytes of exactly one version of the object, the version that the Opened it came from names.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kos.errors import KosError
+from kos.rules import Rule
+from kos.s3.ranges import RangeSpec
+from koscache.content import Record
+
+
+class Freshness(enum.Enum):
+    """May a record be used without asking the origin?"""
+
+    FRESH = "fresh"
+    EXPIRED = "expired"  # the rule's time is over; may still be served as stale while the origin is down
+    FENCED = "fenced"  # the key was written since the record was validated: never served without asking
+    ABSENT = "absent"
+
+
+class Phase(enum.StrEnum):
+    """How a request was answered, as in x-kos-cache and in the metrics."""
+
+    HIT = "hit"
+    MISS = "miss"
+    REVALIDATED = "revalidated"
+    STALE = "stale"
+    BYPASS = "bypass"
+
+
+class Reason(enum.StrEnum):
+    """Why that phase."""
+
+    FRESH = "fresh"
+    COLD = "cold"  # no record
+    BLOCK = "block"  # a record, but not all of the blocks
+    EXPIRED = "expired"
+    FENCED = "fenced"
+    CHANGED = "changed"  # the origin has another version than the record
+    CHECKSUMS = "checksums"  # the record was made from an answer without the object's checksums
+    RANGE = "range"  # a small range of something cold goes through as it is
+    NO_STORE = "no_store"
+    NO_ETAG = "no_etag"
+    DAEMON_AWAY = "daemon_away"
+    CACHING_OFF = "caching_off"
+    FILLS_MAX = "fills_max"
+    BUSY = "busy"
+    ORIGIN_DOWN = "origin_down"
+
+
+class Changed(KosError):
+    """The origin has another version by now. Before the first piece: open again. After it: abort the connection."""
+
+
+class Peek(NamedTuple):
+    """What the index says of a key at this moment. age_s: seconds since the origin confirmed the record."""
+
+    record: Record | None
+    freshness: Freshness
+    age_s: float
+    rule: Rule
+
+
+class FilePiece(NamedTuple):
+    """length bytes at offset of the open file fd; they are in the file already. segment: the borrowed segment's id."""
+
+    fd: int
+    offset: int
+    length: int
+    segment: int
+
+
+class BytesPiece(NamedTuple):
+    """Bytes that are in no file of the store. At most some hundred KiB."""
+
+    data: bytes
+
+
+Piece = FilePiece | BytesPiece
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What a client asks for. range: its Range header, parsed. checksum_mode: it sent x-amz-checksum-mode: ENABLED.
+    conditional: it sent If-Match, If-None-Match, If-Modified-Since, If-Unmodified-Since or If-Range."""
+
+    head_only: bool = False
+    range: RangeSpec | None = None
+    checksum_mode: bool = False
+    conditional: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Opened:
+    """One version of one object, found and allowed to be used for this request.
+
+    record: the version's metadata. phase, reason: for x-kos-cache. age_s: for Age; None when the origin was asked just
+    now. origin_requests: how many this open made. Call close() when done with it, whether or not a body was read.
+    """
+
+    bucket: str
+    key: str
+    record: Record
+    phase: Phase
+    reason: Reason
+    age_s: float | None = None
+    origin_requests: int = 0
+    want: Want = Want()
+    ticket: object | None = None
+    on_close: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        """Gives back an origin answer that nobody reads. Cheap, idempotent, never blocks."""
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
