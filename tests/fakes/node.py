@@ -1,7 +1,7 @@
-"""A real node (`kos up`, its daemon and its workers) as child processes, and a moto origin, for tests with real clients.
+"""A real node (`kos up`: its daemon and its workers) and a moto origin as child processes, for tests with real clients.
 
 Faults that a test can cause: kill -9 of a worker or of the daemon (`worker_pids`, `daemon_pid`), SIGTERM of the whole
-node (`stop`), a start again over the same cache directory (`start`), a stopped origin (`moto` is a plain child process).
+node (`stop`), and a start again over the same cache directory (`start`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import yaml
+
 from koscli.demo.processes import answers, free_ports, running, saw_line, tail
 
 ACCESS_KEY = "kostestkey"
@@ -60,6 +61,9 @@ class Node:
     def daemon_pid(self) -> int:
         (pid,) = self._children("koscache")
         return pid
+
+    def daemon_alive(self) -> bool:
+        return len(self._children("koscache")) == 1
 
     def worker_pids(self) -> list[int]:
         return self._children("kosproxy")

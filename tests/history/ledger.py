@@ -1,0 +1,138 @@
+"""What happened at the origin, and which answers of kos it allows.
+
+Owns: the commit order of every key at the origin, which commits were acknowledged through kos, and the verdict on a read.
+Does not own: making requests (workload) or the origin (tests.fakes.origin).
+
+Invariant: a verdict depends only on what was written down before the read was answered; all times are time.monotonic() of
+the test's process, where the origin lives too.
+
+The rule (the consistency contract): a read that began at t0 may return version v only if
+  - v was committed before the answer came, and
+  - nothing acknowledged through kos before t0 was committed after v, and
+  - v was still current at t0 - freshness (writes that went around kos).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+#: what scheduling on a busy machine may add to a freshness time between kos' clock reading and the test's
+SLACK_S = 0.25
+
+Place = tuple[str, str]
+
+
+@lru_cache(maxsize=512)
+def content(key: str, number: int, size: int) -> bytes:
+    """The bytes of one version: unlike those of any other version at every offset."""
+    return random.Random(f"{key} {number}").randbytes(size)
+
+
+@dataclass(slots=True)
+class Commit:
+    """One change of one key at the origin; number None is a deletion."""
+
+    etag: str | None
+    body: bytes | None
+    began: float
+    ended: float
+    acknowledged: float | None = None
+
+
+@dataclass(slots=True)
+class Read:
+    """One answer of kos: status, the ETag named, the body, the slice asked for (start, stop) or None for all."""
+
+    place: Place
+    began: float
+    ended: float
+    status: int
+    etag: str | None
+    body: bytes
+    wanted: tuple[int, int] | None
+    note: str
+
+
+@dataclass
+class Ledger:
+    """Thread-safe: the origin writes commits from its thread."""
+
+    freshness_s: dict[str, float]
+    commits: dict[Place, list[Commit]] = field(default_factory=lambda: defaultdict(list))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def watch(self, store: Any) -> None:
+        """Write down every put and remove of this OriginStore in the order in which they take effect."""
+        put, remove = store.put, store.remove
+
+        def watched_put(bucket: str, key: str, body: bytes, *arguments: Any, **named: Any) -> Any:
+            with self._lock:
+                began = time.monotonic()
+                version = put(bucket, key, body, *arguments, **named)
+                self.commits[bucket, key].append(Commit(version.etag, bytes(body), began, time.monotonic()))
+            return version
+
+        def watched_remove(bucket: str, key: str) -> None:
+            with self._lock:
+                began = time.monotonic()
+                remove(bucket, key)
+                self.commits[bucket, key].append(Commit(None, None, began, time.monotonic()))
+
+        store.put, store.remove = watched_put, watched_remove
+
+    def acknowledge(self, place: Place, etag: str | None, began: float) -> None:
+        """A write through kos that began at `began` was answered with success just now; None is a deletion."""
+        now = time.monotonic()
+        with self._lock:
+            own = [c for c in self.commits[place] if c.etag == etag and c.ended >= began]
+            assert own, f"{place}: kos acknowledged {etag} which never reached the origin"
+            # Overlapping deletions look alike; the earliest is the one that claims least.
+            own[0].acknowledged = now if own[0].acknowledged is None else own[0].acknowledged
+
+    def violation(self, read: Read) -> str | None:
+        """None if the contract allows this answer, else what is wrong with it."""
+        with self._lock:
+            history = list(self.commits[read.place])
+        if read.status in (200, 206):
+            candidates = [n for n, c in enumerate(history) if c.etag == read.etag]
+            if not candidates:
+                return f"ETag {read.etag} was never at the origin"
+            torn = self._torn(read, history[candidates[-1]])
+            if torn:
+                return torn
+        elif read.status == 404:
+            candidates = [-1, *(n for n, c in enumerate(history) if c.etag is None)]
+        else:
+            return f"status {read.status} is no answer to judge"
+        reasons = [self._too_old(read, history, n) for n in candidates]
+        return None if None in reasons else str(reasons[-1])
+
+    @staticmethod
+    def _torn(read: Read, commit: Commit) -> str | None:
+        assert commit.body is not None
+        expected = commit.body if read.wanted is None else commit.body[slice(*read.wanted)]
+        if read.body == expected:
+            return None
+        if len(read.body) != len(expected):
+            return f"wrong length: {len(read.body)} bytes of {len(expected)} under ETag {read.etag}"
+        first = next(n for n, (a, b) in enumerate(zip(read.body, expected, strict=True)) if a != b)
+        return f"torn: differs from version {read.etag} at byte {first} of {len(expected)}"
+
+    def _too_old(self, read: Read, history: list[Commit], n: int) -> str | None:
+        if n >= 0 and history[n].began > read.ended:
+            return "from the future"
+        later = history[n + 1 :]
+        for commit in later:
+            if commit.acknowledged is not None and commit.acknowledged < read.began:
+                return f"a write acknowledged {read.began - commit.acknowledged:.3f} s before the read is not seen"
+        if later:
+            age = read.began - later[0].ended
+            if age > self.freshness_s[read.place[0]] + SLACK_S:
+                return f"{age:.3f} s staler than the origin, allowed {self.freshness_s[read.place[0]]} s"
+        return None
