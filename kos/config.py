@@ -1,0 +1,299 @@
+"""The configuration tree: every option, its default and its limits.
+
+Owns: which options there are, what they mean together (cross-checks), and `load`.
+Does not own: YAML and line numbers (kos.config_file), the syntax of single values (kos.config_values), the reasons
+behind the defaults (configs/kos.yaml, which a test holds equal to this module).
+
+Invariant: a Config from `load` has passed every check; nothing below it looks at the file or the environment again.
+
+Names: `_bytes` and `_s` are left off in the file, where the value carries its unit: `cache.size: 100GiB`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from kos import config_file
+from kos.config_file import Complaint
+from kos.config_values import (
+    ACCESS_KEY,
+    ADDRESS,
+    ALWAYS,
+    BOOLEAN,
+    CONTROL_URL,
+    DOMAIN,
+    ENDPOINT,
+    FRESHNESS,
+    GIB,
+    GLOB,
+    IMMUTABLE,
+    KIB,
+    LOG_TARGET,
+    MIB,
+    NAME,
+    PATH,
+    TEXT,
+    TIB,
+    Key,
+    Secret,
+    choice,
+    count,
+    duration,
+    show_freshness,
+    show_size,
+    size,
+    size_or_auto,
+    split_address,
+)
+
+__all__ = [
+    "ALWAYS",
+    "IMMUTABLE",
+    "Cache",
+    "Config",
+    "Control",
+    "Credential",
+    "Limits",
+    "Listen",
+    "Log",
+    "Origin",
+    "Rule",
+    "Supervisor",
+    "load",
+    "split_address",
+]
+
+
+class Listen(msgspec.Struct, frozen=True, kw_only=True):
+    """Where this node listens: HOST:PORT each; port 0 takes a free one. domain: for virtual-hosted buckets."""
+
+    s3: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9000"
+    admin: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9001"
+    peer: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9002"
+    domain: Annotated[str | None, Key(DOMAIN)] = None
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """The object store behind, and how patiently it is asked. Connections are per worker."""
+
+    endpoint: Annotated[str, Key(ENDPOINT)]
+    region: Annotated[str, Key(NAME)] = "us-east-1"
+    addressing: Annotated[Literal["path", "virtual"], Key(choice("path", "virtual"))] = "path"
+    access_key: Annotated[str | None, Key(ACCESS_KEY)] = None
+    secret_key: Annotated[str | None, Secret("secret_key")] = None
+    session_token: Annotated[str | None, Secret("session_token")] = None
+    profile: Annotated[str | None, Key(TEXT)] = None
+    connections: Annotated[int, Key(count(1, 4096))] = 64
+    connect_timeout_s: Annotated[float, Key(duration(0.01, 300), "connect_timeout")] = 5.0
+    read_timeout_s: Annotated[float, Key(duration(0.01, 3600), "read_timeout")] = 30.0
+    request_timeout_s: Annotated[float, Key(duration(0.1, 86400), "request_timeout")] = 3600.0
+    retries: Annotated[int, Key(count(0, 20))] = 3
+    retry_base_s: Annotated[float, Key(duration(0.001, 60), "retry_base")] = 0.1
+    retry_max_s: Annotated[float, Key(duration(0.001, 300), "retry_max")] = 5.0
+    breaker_failures: Annotated[int, Key(count(1, 10000))] = 8
+    breaker_open_s: Annotated[float, Key(duration(0.01, 3600), "breaker_open")] = 5.0
+    trailing_checksums: Annotated[bool, Key(BOOLEAN)] = True
+    verify_tls: Annotated[bool, Key(BOOLEAN)] = True
+    ca_file: Annotated[str | None, Key(PATH)] = None
+
+    def __repr__(self) -> str:
+        return f"Origin(endpoint={self.endpoint!r}, region={self.region!r}, access_key={self.access_key!r})"
+
+
+class Cache(msgspec.Struct, frozen=True, kw_only=True):
+    """The block store of this node and the fills into it. Limits count per node unless said otherwise."""
+
+    dir: Annotated[str, Key(PATH)]
+    size_bytes: Annotated[int, Key(size(16 * MIB), "size")]
+    enabled: Annotated[bool, Key(BOOLEAN)] = True
+    block_bytes: Annotated[int, Key(size(4 * KIB, 256 * MIB), "block_size")] = 8 * MIB
+    segment_bytes: Annotated[int, Key(size(64 * KIB, 4 * GIB), "segment_size")] = 256 * MIB
+    index_bytes: Annotated[int, Key(size_or_auto(1 * MIB, 1 * TIB), "index_size")] = 0
+    min_free_bytes: Annotated[int, Key(size(0), "min_free")] = 1 * GIB
+    small_bytes: Annotated[int, Key(size(0, 1 * MIB), "small_size")] = 64 * KIB
+    fill_ahead_bytes: Annotated[int, Key(size(0, 16 * GIB), "fill_ahead")] = 128 * MIB
+    fills_max_bytes: Annotated[int, Key(size(4 * KIB), "fills_max")] = 1 * GIB
+    random_read_bytes: Annotated[int, Key(size(0, 256 * MIB), "random_read")] = 1 * MIB
+    fill_buffer_bytes: Annotated[int, Key(size(4 * KIB, 16 * MIB), "fill_buffer")] = 256 * KIB
+    write_threads: Annotated[int, Key(count(1, 64))] = 2
+    scrub_bytes_per_s: Annotated[int, Key(size(0, 16 * GIB), "scrub_rate")] = 8 * MIB
+    lease_timeout_s: Annotated[float, Key(duration(0.1, 3600), "lease_timeout")] = 60.0
+    ipc_message_bytes: Annotated[int, Key(size(64 * KIB, 64 * MIB), "ipc_message")] = 4 * MIB
+    ipc_queue_bytes: Annotated[int, Key(size(64 * KIB, 1 * GIB), "ipc_queue")] = 32 * MIB
+    ipc_timeout_s: Annotated[float, Key(duration(0.01, 300), "ipc_timeout")] = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.index_bytes:
+            # 1/32 of the store: at 10 KiB an object that is 320 bytes of index for each, at 8 MiB a block 256 KiB.
+            worked_out = min(max(self.size_bytes // 32, 8 * MIB), 64 * GIB)
+            msgspec.structs.force_setattr(self, "index_bytes", worked_out)
+
+
+class Credential(msgspec.Struct, frozen=True, kw_only=True):
+    """One key pair that clients sign with."""
+
+    access_key: Annotated[str, Key(ACCESS_KEY)]
+    secret_key: Annotated[str, Secret("secret_key")]
+
+    def __repr__(self) -> str:
+        return f"Credential(access_key={self.access_key!r})"
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a record of a matching object may be trusted: freshness in seconds, IMMUTABLE or ALWAYS.
+
+    stale_if_error_s: how long after that it may still be served while the origin is down.
+    """
+
+    match: Annotated[str, Key(GLOB)]
+    freshness: Annotated[float, Key(FRESHNESS)] = 30.0
+    stale_if_error_s: Annotated[float, Key(duration(0, 365 * 86400), "stale_if_error")] = 3600.0
+
+    @property
+    def text(self) -> str:
+        """The rule as an operator writes it, for explain and logs."""
+        return f'match: "{self.match}", freshness: {show_freshness(self.freshness)}'
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the durable state of the region lives."""
+
+    url: Annotated[str, Key(CONTROL_URL)] = "sqlite:////var/lib/kos/control.db"
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one client may cost. Per worker; times are idle times unless said otherwise."""
+
+    connections: Annotated[int, Key(count(1, 1000000))] = 4096
+    backlog: Annotated[int, Key(count(1, 65535))] = 1024
+    header_bytes: Annotated[int, Key(size(8 * KIB, 1 * MIB), "header_size")] = 64 * KIB
+    header_timeout_s: Annotated[float, Key(duration(0.1, 3600), "header_timeout")] = 30.0
+    keepalive_s: Annotated[float, Key(duration(0.1, 86400), "keepalive")] = 75.0
+    body_timeout_s: Annotated[float, Key(duration(0.1, 3600), "body_timeout")] = 60.0
+    send_timeout_s: Annotated[float, Key(duration(0.1, 3600), "send_timeout")] = 60.0
+    drain_s: Annotated[float, Key(duration(0, 3600), "drain")] = 10.0
+    send_buffer_bytes: Annotated[int, Key(size(4 * KIB, 64 * MIB), "send_buffer")] = 256 * KIB
+    relay_buffer_bytes: Annotated[int, Key(size(4 * KIB, 64 * MIB), "relay_buffer")] = 256 * KIB
+    document_bytes: Annotated[int, Key(size(64 * KIB, 64 * MIB), "document_size")] = 8 * MIB
+
+
+class Supervisor(msgspec.Struct, frozen=True, kw_only=True):
+    """How child processes are started, restarted and stopped; and the admin port."""
+
+    start_timeout_s: Annotated[float, Key(duration(0.1, 3600), "start_timeout")] = 120.0
+    start_attempts: Annotated[int, Key(count(1, 100))] = 3
+    restart_base_s: Annotated[float, Key(duration(0.001, 60), "restart_base")] = 0.2
+    restart_max_s: Annotated[float, Key(duration(0.001, 3600), "restart_max")] = 30.0
+    stable_s: Annotated[float, Key(duration(0.1, 86400), "stable")] = 60.0
+    stop_timeout_s: Annotated[float, Key(duration(0, 3600), "stop_timeout")] = 10.0
+    admin_connections: Annotated[int, Key(count(1, 4096))] = 64
+    admin_timeout_s: Annotated[float, Key(duration(0.1, 3600), "admin_timeout")] = 10.0
+
+
+class Log(msgspec.Struct, frozen=True, kw_only=True):
+    """The log on stderr and the access log."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], Key(choice("debug", "info", "warning", "error"))] = (
+        "info"
+    )
+    access: Annotated[str, Key(LOG_TARGET)] = "off"
+    access_flush_s: Annotated[float, Key(duration(0.01, 60), "access_flush")] = 0.2
+    access_batch_bytes: Annotated[int, Key(size(4 * KIB, 16 * MIB), "access_batch")] = 64 * KIB
+    access_queue_bytes: Annotated[int, Key(size(64 * KIB, 1 * GIB), "access_queue")] = 4 * MIB
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole node."""
+
+    region: Annotated[str, Key(NAME)]
+    origin: Origin
+    cache: Cache
+    credentials: tuple[Credential, ...]
+    listen: Listen = Listen()
+    workers: Annotated[int, Key(count(1, 256))] = 2
+    rules: tuple[Rule, ...] = ()
+    control: Control = Control()
+    limits: Limits = Limits()
+    supervisor: Supervisor = Supervisor()
+    log: Log = Log()
+
+
+def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:
+    """Read and check a configuration file.
+
+    environ: where `*_env` secrets come from (default: the environment). Raises ConfigError, each line of which names
+    file, line, key, what was found and what is allowed.
+    """
+    return config_file.load(Path(path), Config, check, environ)
+
+
+def check(config: Config) -> Iterator[Complaint]:
+    """What single values cannot show: options that contradict one another."""
+    yield from _check_cache(config.cache)
+    yield from _check_origin(config.origin)
+    yield from _check_listen(config.listen)
+    if not config.credentials:
+        yield Complaint(("credentials",), "an empty list", "at least one {access_key, secret_key}")
+    seen: set[str] = set()
+    for index, credential in enumerate(config.credentials):
+        if credential.access_key in seen:
+            allowed = "each access_key once"
+            yield Complaint(("credentials", index, "access_key"), f"{credential.access_key!r} again", allowed)
+        seen.add(credential.access_key)
+    if config.supervisor.restart_base_s > config.supervisor.restart_max_s:
+        yield Complaint(("supervisor", "restart_base"), "more than restart_max", "at most supervisor.restart_max")
+
+
+def _check_cache(cache: Cache) -> Iterator[Complaint]:
+    block = cache.block_bytes
+    if block & (block - 1):
+        # A power of two from 4 KiB on is a multiple of the page, so extents stay aligned for splice and sendfile.
+        yield Complaint(("cache", "block_size"), show_size(block), "4KiB times a power of two, e.g. 8MiB")
+    if block > cache.segment_bytes:
+        found = f"{show_size(block)} in segments of {show_size(cache.segment_bytes)}"
+        yield Complaint(("cache", "block_size"), found, "at most cache.segment_size")
+    least = 4 * cache.segment_bytes + cache.index_bytes
+    if cache.size_bytes < least:
+        allowed = f"at least 4 segments and the index: {show_size(least)}"
+        yield Complaint(("cache", "size"), show_size(cache.size_bytes), allowed)
+    if cache.small_bytes > cache.block_bytes:
+        yield Complaint(("cache", "small_size"), show_size(cache.small_bytes), "at most cache.block_size")
+    if cache.fills_max_bytes < cache.block_bytes:
+        yield Complaint(("cache", "fills_max"), show_size(cache.fills_max_bytes), "at least cache.block_size")
+    if cache.ipc_message_bytes < cache.small_bytes + 64 * KIB:
+        # One commit carries a small body and its record (S3 allows 8 KB of headers; 64 KiB leaves room for the rest).
+        found = show_size(cache.ipc_message_bytes)
+        yield Complaint(("cache", "ipc_message"), found, "at least cache.small_size and 64KiB")
+    if cache.ipc_queue_bytes < cache.ipc_message_bytes:
+        yield Complaint(("cache", "ipc_queue"), show_size(cache.ipc_queue_bytes), "at least cache.ipc_message")
+
+
+def _check_origin(origin: Origin) -> Iterator[Complaint]:
+    if (origin.access_key is None) != (origin.secret_key is None):
+        present, absent = ("access_key", "secret_key") if origin.secret_key is None else ("secret_key", "access_key")
+        found = f"{present} without {absent}"
+        yield Complaint(("origin", present), found, "both, or neither for the AWS default chain")
+    if origin.session_token is not None and origin.access_key is None:
+        yield Complaint(("origin", "session_token"), "no access_key", "a session token only beside access_key")
+    if origin.profile is not None and origin.access_key is not None:
+        yield Complaint(("origin", "profile"), "access_key as well", "profile or access_key, not both")
+    if origin.retry_base_s > origin.retry_max_s:
+        yield Complaint(("origin", "retry_base"), "more than retry_max", "at most origin.retry_max")
+
+
+def _check_listen(listen: Listen) -> Iterator[Complaint]:
+    taken: dict[tuple[str, int], str] = {}
+    for name, address in (("s3", listen.s3), ("admin", listen.admin), ("peer", listen.peer)):
+        host, port = split_address(address)
+        clash = next((other for (h, p), other in taken.items() if p == port and _overlap(h, host)), None)
+        if port and clash:
+            yield Complaint(("listen", name), f"{address} as in listen.{clash}", "an address of its own")
+        taken[host, port] = name
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or bool({one, other} & {"0.0.0.0", "::"})
