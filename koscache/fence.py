@@ -1,0 +1,172 @@
+"""The fence: what makes a write through this node seen by every later read on it, with no daemon and no message.
+
+A file of 2^20 slots of 64 bits that all processes of the node map. A record carries the value that its object's slot had
+*before* the origin was asked for it; a write changes the slot before its origin request and again after the answer, before
+the client is answered. A record whose value is not the slot's present one must be revalidated.
+
+    reader: v = slot; GET -> old bytes ............................ stores record(v): differs from the slot: fenced
+    writer:                 bump; PUT ......... 200; bump; answer
+
+Owns: the file, its making and its slots. Does not own: when to bump (carrier) or what fenced means (content.judge).
+
+Invariant: a slot never holds a value twice, and never 0. Values are unique, not counted up: two processes that bump at
+once leave one of two fresh values, and both differ from every value that a record can carry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import random
+import struct
+import time
+from array import array
+from typing import Final
+
+from xxhash import xxh3_64_intdigest
+
+from koscache.content import object_slot_hash
+
+SLOTS: Final = 1 << 20
+_MASK: Final = SLOTS - 1
+_HEADER_BYTES: Final = 4096
+FENCE_BYTES: Final = _HEADER_BYTES + SLOTS * 8
+_MAGIC: Final = b"kosfence"
+_VERSION: Final = 1
+_HEADER: Final = struct.Struct("<8sII64s")  # magic, version, slots, boot id; then xxh3_64 of it
+_CHECK: Final = struct.Struct("<Q")
+
+
+def read_boot_id() -> str:
+    """The kernel's id of this boot; a fresh random one where there is none, so that nothing is trusted wrongly."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return f"none-{random.SystemRandom().getrandbits(64):016x}"
+
+
+class Fence:
+    """The mapped slots. bump and value cost about 0.2 µs and may be called from any thread of any process."""
+
+    def __init__(self, fd: int, path: str, *, created: bool) -> None:
+        self.created = created
+        self._path = path
+        found = os.fstat(fd)
+        self._identity = (found.st_dev, found.st_ino)
+        self._map = mmap.mmap(fd, FENCE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._bytes = memoryview(self._map)
+        self._slots = self._bytes[_HEADER_BYTES:].cast("Q")
+        self._random = random.Random(os.urandom(32)).getrandbits
+
+    @classmethod
+    def open(cls, cache_dir: str, boot_id: str | None = None) -> Fence:
+        """Maps the directory's fence; makes a new one if there is none or it is of another boot or garbled.
+
+        Raises OSError. After a boot the slots are new, so every record is revalidated once: bumps that only the page
+        cache knew may be lost with the machine.
+        """
+        boot_id = boot_id or read_boot_id()
+        path = os.path.join(cache_dir, "fence")
+        fd = _open_valid(path, boot_id)
+        if fd is not None:
+            return _mapped(cls, fd, path, created=False)
+        with open(os.path.join(cache_dir, "fence.lock"), "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two workers may come here at once; the second finds the first one's
+            fd = _open_valid(path, boot_id)
+            created = fd is None
+            if fd is None:
+                fd = _create(path, boot_id)
+        return _mapped(cls, fd, path, created=created)
+
+    def slot(self, bucket: str, key: str) -> int:
+        """Which slot an object has. Two objects may share one: a bump then costs the other a revalidation."""
+        return object_slot_hash(bucket, key) & _MASK
+
+    def value(self, slot: int) -> int:
+        """The slot's present value. Read it before the origin request whose answer it will vouch for."""
+        return self._slots[slot]
+
+    def value_of(self, bucket: str, key: str) -> int:
+        """value(slot(bucket, key))."""
+        return self._slots[object_slot_hash(bucket, key) & _MASK]
+
+    def bump(self, slot: int) -> int:
+        """Gives the slot a value that it never had, and returns it.
+
+        Time in ns makes values of forked processes (same random state) differ, random bits those of one nanosecond.
+        """
+        value = time.time_ns() ^ self._random(64) or 1
+        self._slots[slot] = value
+        return value
+
+    def bump_all(self) -> None:
+        """Every record is fenced: for when it is unknown what was written."""
+        self._slots[:] = memoryview(_random_slots()).cast("B").cast("Q")
+
+    def current(self) -> bool:
+        """Whether the mapped file is still the one at its path; if not, open anew."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._identity
+
+    def close(self) -> None:
+        self._slots.release()
+        self._bytes.release()
+        self._map.close()
+
+
+def _mapped(cls: type[Fence], fd: int, path: str, *, created: bool) -> Fence:
+    try:
+        return cls(fd, path, created=created)
+    finally:
+        os.close(fd)
+
+
+def _header(boot_id: str) -> bytes:
+    header = _HEADER.pack(_MAGIC, _VERSION, SLOTS, boot_id.encode()[:64])
+    return header + _CHECK.pack(xxh3_64_intdigest(header))
+
+
+def _open_valid(path: str, boot_id: str) -> int | None:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    wanted = _header(boot_id)
+    if os.fstat(fd).st_size == FENCE_BYTES and os.pread(fd, len(wanted), 0) == wanted:
+        return fd
+    os.close(fd)
+    return None
+
+
+def _random_slots() -> array[int]:
+    slots = array("Q", os.urandom(SLOTS * 8))
+    while 0 in slots:  # once in 2^44 times
+        slots[slots.index(0)] = random.SystemRandom().getrandbits(63) + 1
+    return slots
+
+
+def _create(path: str, boot_id: str) -> int:
+    """Written whole beside and renamed: nobody ever maps half a fence. All its pages are allocated, so that a full disk
+    cannot turn a bump into SIGBUS."""
+    beside = f"{path}.new"
+    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+    try:
+        os.posix_fallocate(fd, 0, FENCE_BYTES)
+        os.pwrite(fd, _header(boot_id), 0)
+        body = memoryview(_random_slots()).cast("B")
+        written = 0
+        while written < len(body):
+            written += os.pwrite(fd, body[written:], _HEADER_BYTES + written)
+        os.rename(beside, path)
+    except BaseException:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+    return fd
