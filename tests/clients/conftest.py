@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from botocore.config import Config
 
-from tests.fakes.node import ACCESS_KEY, SECRET_KEY, Node, moto_origin, node
+from tests.fakes.node import ACCESS_KEY, SECRET_KEY, Node, client, moto_origin, node
 
 _numbers = itertools.count()
 
@@ -27,17 +25,6 @@ def origin_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def kos_node(tmp_path_factory: pytest.TempPathFactory, origin_url: str) -> Iterator[Node]:
     with node(tmp_path_factory.mktemp("node"), origin_url) as one:
         yield one
-
-
-def client(url: str, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY, **settings: Any) -> Any:
-    return boto3.client(
-        "s3",
-        endpoint_url=url,
-        region_name="us-east-1",
-        aws_access_key_id=access_key,
-        aws_secret_access_key=secret_key,
-        config=Config(**{"s3": {"addressing_style": "path"}, "retries": {"max_attempts": 1}, **settings}),
-    )
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import pytest
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
-from tests.clients.conftest import client
-from tests.fakes.node import Node
+from tests.fakes.node import Node, client, phase
 
 KEYS = [
     "plain",
@@ -35,10 +34,6 @@ KEYS = [
 
 def random_bytes(size: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(size)
-
-
-def phase(answer: dict[str, Any]) -> str:
-    return str(answer["ResponseMetadata"]["HTTPHeaders"]["x-kos-cache"]).partition(";")[0]
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import psutil
 import yaml
+from botocore.config import Config
 
 from koscli.demo.processes import answers, free_ports, running, saw_line, tail
 
@@ -108,6 +110,23 @@ def moto_origin(directory: Path) -> Iterator[str]:
         eventually(lambda: process.poll() is not None or answers(url + "/moto-api/"), "moto answers")
         assert process.poll() is None, tail(log_path)
         yield url
+
+
+def client(url: str, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY, **settings: Any) -> Any:
+    """A boto3 S3 client, path style, one try."""
+    return boto3.client(
+        "s3",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        config=Config(**{"s3": {"addressing_style": "path"}, "retries": {"total_max_attempts": 1}, **settings}),
+    )
+
+
+def phase(answer: dict[str, Any]) -> str:
+    """hit, miss, revalidated, stale or bypass, as x-kos-cache of a boto3 answer says."""
+    return str(answer["ResponseMetadata"]["HTTPHeaders"].get("x-kos-cache", "none")).partition(";")[0]
 
 
 def eventually(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
