@@ -3,8 +3,8 @@
 Owns: every exception type that crosses a module's border, and the HTTP status and default message of every S3 code that
 kos raises itself. Does not own: rendering (kos.s3.xml) or deciding which error applies.
 
-Invariant: "ours" and "theirs" never mix: what kos refuses by itself is an S3Error; what the origin said or failed to say
-is an OriginError; what an operator must mend is a ConfigError.
+Invariant: "ours" and "theirs" never mix: what kos refuses by itself is an S3Error; what the origin said or failed to
+say is an OriginError; what an operator must mend is a ConfigError.
 
 Source of codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 """
@@ -41,8 +41,14 @@ S3_CODES: Final[dict[str, tuple[int, str]]] = {
     "InvalidToken": (400, "The provided token is malformed or otherwise not valid."),
     "InvalidURI": (400, "The specified URI couldn't be parsed."),
     "KeyTooLongError": (400, "Your key is too long."),
-    "MalformedTrailerError": (400, "The request contained trailing data that was not well-formed."),
-    "MalformedXML": (400, "The XML that you provided was not well formed or did not validate against our published schema."),
+    "MalformedTrailerError": (
+        400,
+        "The request contained trailing data that was not well-formed or did not conform to our published schema.",
+    ),
+    "MalformedXML": (
+        400,
+        "The XML that you provided was not well formed or did not validate against our published schema.",
+    ),
     "MaxMessageLengthExceeded": (400, "Your request was too large."),
     "MethodNotAllowed": (405, "The specified method is not allowed against this resource."),
     "MissingContentLength": (411, "You must provide the Content-Length HTTP header."),
@@ -54,11 +60,15 @@ S3_CODES: Final[dict[str, tuple[int, str]]] = {
     "PreconditionFailed": (412, "At least one of the preconditions that you specified did not hold."),
     "RequestHeaderSectionTooLarge": (400, "Your request header section exceeds the maximum allowed size."),
     "RequestTimeTooSkewed": (403, "The difference between the request time and the server's time is too large."),
-    "RequestTimeout": (400, "Your socket connection to the server was not read from or written to within the timeout period."),
+    "RequestTimeout": (
+        400,
+        "Your socket connection to the server was not read from or written to within the timeout period.",
+    ),
     "ServiceUnavailable": (503, "Service is unable to handle request."),
     "SignatureDoesNotMatch": (
         403,
-        "The request signature we calculated does not match the signature you provided. Check your key and signing method.",
+        "The request signature we calculated does not match the signature you provided. "
+        "Check your key and signing method.",
     ),
     "SlowDown": (503, "Please reduce your request rate."),
     "UnexpectedContent": (400, "This request contains unsupported content."),
@@ -95,7 +105,7 @@ class OriginError(KosError):
 
 
 class OriginUnavailable(OriginError):
-    """The origin could not be reached or is held back by the breaker; retry_after_s says when asking again makes sense."""
+    """The origin could not be reached or is held back by the breaker; retry_after_s: when asking again makes sense."""
 
     def __init__(self, reason: str, *, retry_after_s: float = 1.0) -> None:
         self.reason = reason
@@ -112,7 +122,7 @@ class OriginBroken(OriginError):
 
 
 class OriginRefused(OriginError):
-    """The origin answered with an HTTP error; status, end-to-end headers and body (bounded) are kept to be passed on."""
+    """The origin answered with an HTTP error; status, end-to-end headers and body (bounded), to be passed on."""
 
     def __init__(self, status: int, headers: Sequence[tuple[str, str]], body: bytes) -> None:
         self.status = status

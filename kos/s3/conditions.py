@@ -44,7 +44,7 @@ def evaluate(headers: Headers, etag: str, last_modified: str) -> Verdict:
     """Weighs the conditions of a read of an existing object.
 
     etag is as on the wire (quoted); last_modified is an HTTP date or "" when the origin gave none (then conditions on
-    dates are ignored). The order is RFC 9110's, which is S3's: a date counts only where its entity-tag sibling is absent.
+    dates are ignored). The order is RFC 9110's and S3's: a date counts only where its entity-tag sibling is absent.
     """
     if_match = headers.get("if-match")
     if if_match is not None:
@@ -68,7 +68,7 @@ def evaluate(headers: Headers, etag: str, last_modified: str) -> Verdict:
 def range_applies(if_range: str | None, etag: str, last_modified: str) -> bool:
     """Whether a Range header counts, given If-Range: its strong entity tag or its exact date must be the object's.
 
-    RFC 9110 section 13.1.5. An If-Range that cannot be read counts as changed: the whole object is always a right answer.
+    RFC 9110 section 13.1.5. An If-Range that cannot be read counts as changed: the whole object is never wrong.
     """
     if if_range is None:
         return True
@@ -114,7 +114,8 @@ _MONTHS: Final = {
     )
 }
 _IMF = re.compile(
-    r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), (\d{2}) ([A-Z][a-z]{2}) (\d{4}) (\d{2}):(\d{2}):(\d{2}) (?:GMT|UTC|\+0000)", re.ASCII
+    r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), (\d{2}) ([A-Z][a-z]{2}) (\d{4}) (\d{2}):(\d{2}):(\d{2}) (?:GMT|UTC|\+0000)",
+    re.ASCII,
 )
 _RFC850 = re.compile(
     r"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, (\d{2})-([A-Z][a-z]{2})-(\d{2}) (\d{2}):(\d{2}):(\d{2}) GMT", re.ASCII

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kos.errors import S3Error
 from kos.s3 import conditions, ranges
@@ -44,9 +44,11 @@ class ObjectMeta:
     checksums_known: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectAnswer:
-    """A response to a read: the body is the half-open slice start, stop of the object; start == stop means no body."""
+class ObjectAnswer(NamedTuple):
+    """A response to a read: the body is the half-open slice start, stop of the object; start == stop means no body.
+
+    A named tuple, because one is made for every request and a frozen dataclass costs three times as much.
+    """
 
     status: int
     headers: list[tuple[str, str]]
@@ -58,10 +60,11 @@ class ObjectAnswer:
 # origin itself, or are made anew in answer(). Access-Control-* depends on the asker's Origin.
 _NOT_KEPT: Final = frozenset(
     {
-        "accept-ranges", "age", "alt-svc", "connection", "content-length", "content-range", "date", "etag", "keep-alive",
-        "last-modified", "proxy-authenticate", "proxy-authentication-info", "proxy-connection", "server", "set-cookie",
-        "strict-transport-security", "te", "trailer", "transfer-encoding", "upgrade", "via", "www-authenticate",
-        "x-amz-id-2", "x-amz-mp-parts-count", "x-amz-request-id", "x-amz-request-charged", "x-kos-cache",
+        "accept-ranges", "age", "alt-svc", "connection", "content-length", "content-range", "date", "etag",
+        "keep-alive", "last-modified", "proxy-authenticate", "proxy-authentication-info", "proxy-connection",
+        "server", "set-cookie", "strict-transport-security", "te", "trailer", "transfer-encoding", "upgrade", "via",
+        "www-authenticate", "x-amz-id-2", "x-amz-mp-parts-count", "x-amz-request-id", "x-amz-request-charged",
+        "x-kos-cache",
     }
 )  # fmt: skip
 _NOT_KEPT_PREFIXES: Final = ("access-control-",)
@@ -132,7 +135,6 @@ OVERRIDES: Final[Mapping[str, str]] = {
 }
 # What a 304 keeps of the record's headers (ETag and Last-Modified are always there).
 _KEPT_ON_304: Final = frozenset({"cache-control", "content-location", "expires", "vary", "x-amz-version-id"})
-_CONDITIONAL_OR_RANGED: Final = conditions.CONDITION_HEADERS | {"range"}
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _ACCEPT_RANGES: Final = ("Accept-Ranges", "bytes")
 
@@ -149,10 +151,10 @@ def answer(
 ) -> ObjectAnswer:
     """The response to a GET or HEAD of the object that meta describes: 200, 206 or 304.
 
-    params: the decoded query. cache_note: the value of x-kos-cache. age_s: seconds since the origin vouched for meta, None
-    for no Age header. date: the value of Date, None to leave it out. For HEAD the slice is empty and Content-Length that
-    of the GET. Raises S3Error PreconditionFailed (412), InvalidRange (416), InvalidArgument (a response-* override that
-    cannot be a header).
+    params: the decoded query. cache_note: the value of x-kos-cache. age_s: seconds since the origin vouched for meta,
+    None for no Age header. date: the value of Date, None to leave it out. For HEAD the slice is empty, Content-Length
+    that of the GET. Raises S3Error PreconditionFailed (412), InvalidRange (416), InvalidArgument (a response-* override
+    that cannot be a header).
     """
     size = meta.size
     start, stop, status = 0, size, 200
@@ -160,17 +162,17 @@ def answer(
     if not OVERRIDES.keys().isdisjoint(params):
         kept = _overridden(meta.headers, params)
     asked = head.headers
-    if not _CONDITIONAL_OR_RANGED.isdisjoint(asked):
+    if not conditions.CONDITION_HEADERS.isdisjoint(asked):
         verdict = conditions.evaluate(asked, meta.etag, meta.last_modified)
         if verdict in conditions.FAILED:
             raise S3Error("PreconditionFailed", extra={"Condition": verdict.value})
         if verdict in conditions.NOT_MODIFIED:
             status = 304
-        elif "range" in asked and conditions.range_applies(asked.get("if-range"), meta.etag, meta.last_modified):
-            spec = ranges.parse(asked["range"])
-            if spec is not None:
-                start, stop = ranges.resolve(spec, size)
-                status = 206
+    if "range" in asked and status == 200:
+        spec = ranges.parse(asked["range"])
+        if spec is not None and conditions.range_applies(asked.get("if-range"), meta.etag, meta.last_modified):
+            start, stop = ranges.resolve(spec, size)
+            status = 206
     headers = [("x-amz-request-id", request_id), ("x-kos-cache", cache_note), ("ETag", meta.etag)]
     if meta.last_modified:
         headers.append(("Last-Modified", meta.last_modified))
@@ -203,7 +205,7 @@ def _overridden(kept: Iterable[tuple[str, str]], params: Mapping[str, str]) -> l
 
 
 def _header_text(parameter: str, text: str) -> str:
-    """A client's text as a header value, in the ISO-8859-1 that S3 sends it in; raises InvalidArgument if it cannot be one.
+    """A client's text as a header value, in the ISO-8859-1 that S3 sends; raises InvalidArgument if it cannot be one.
 
     The wire encoding of kos' header strings is UTF-8 with surrogateescape; decoding Latin-1 bytes that way makes them
     come out as they are.
@@ -221,19 +223,20 @@ def _header_text(parameter: str, text: str) -> str:
 
 
 _STATUS_LINES: Final[Mapping[int, str]] = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus
 }
 
 
 def render_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
-    """The bytes of a response head: status line, headers, blank line. UTF-8 with surrogateescape, as headers are decoded.
+    """The bytes of a response head: status line, headers, blank line; UTF-8 with surrogateescape, as headers are read.
 
     Raises ValueError when a name or value holds CR, LF or NUL: such a header would end the head early and let whoever
     chose the value write the rest of the response.
     """
-    lines = [f"{name}: {value}\r\n" for name, value in headers]
-    text = _STATUS_LINES[status] + "".join(lines) + "\r\n"
-    line_count = len(lines) + 2
+    # Whole pairs are joined in C: half the time of formatting each line.
+    lines = [_STATUS_LINES[status], *map(": ".join, headers), "\r\n"]
+    text = "\r\n".join(lines)
+    line_count = len(lines)
     if text.count("\n") != line_count or text.count("\r") != line_count or "\0" in text:
         raise ValueError("a response header holds CR, LF or NUL")
     return text.encode("utf-8", "surrogateescape")

@@ -12,7 +12,7 @@ object, as if no Range had been sent, for several ranges, foreign units, bad syn
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kos.errors import S3Error
 
@@ -20,9 +20,8 @@ from kos.errors import S3Error
 _SINGLE = re.compile(r"bytes[ \t]*=[ \t]*([0-9]{0,20})[ \t]*-[ \t]*([0-9]{0,20})", re.ASCII | re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class RangeSpec:
-    """One byte range, positions inclusive as in the header. first None: the last `last` bytes. last None: to the end."""
+class RangeSpec(NamedTuple):
+    """One byte range, inclusive as in the header. first None: the last `last` bytes. last None: to the end."""
 
     first: int | None
     last: int | None
