@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
-from prometheus_client import Counter, Gauge, Histogram, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 
 from kos.clock import Clock
 
@@ -72,6 +72,13 @@ TASK_FAILURES: Final = Counter("kos_task_failures_total", "Tasks that ended by a
 ACCESS_LOG_DROPPED: Final = Counter(
     "kos_access_log_dropped_total", "Access log lines dropped because the queue was full"
 )
+
+#: what the supervisor itself counts: it has no files among the children's, its page adds these
+NODE_REGISTRY: Final = CollectorRegistry()
+WORKERS_RESTARTS: Final = Counter(
+    "kos_workers_restarts_total", "Child processes started again after an exit", ["process"], registry=NODE_REGISTRY
+)
+NODE_READY: Final = Gauge("kos_node_ready", "1 while requests to this node will succeed", registry=NODE_REGISTRY)
 
 
 class FastCounts:

@@ -1,0 +1,164 @@
+"""Runs a node, or one role of it, in the foreground.
+
+Owns: the order of things from a configuration file to an exit code: check, raise limits, take ports, start children and
+admin, say `kos ready`, wait for a signal, stop. Does not own: what the children are: the entry points pass in commands,
+for kos.node imports neither the proxy nor the cache.
+
+Invariant: whatever run_role prints on stdout is for a machine to read: the one line `kos ready …`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import kos
+from kos import config, log, metrics
+from kos.clock import Clock
+from kos.config import Config
+from kos.errors import ConfigError
+from kos.node import ports
+from kos.node.admin import Admin, Explain, forget_process
+from kos.node.supervisor import EXIT_BAD_CONFIG, ChildSpec, Supervisor
+
+#: a worker ends its open responses by itself at limits.drain; this is what it may take to do so
+DRAIN_GRACE_S: Final = 1.0
+
+_log: Final = logging.getLogger("kos.node")
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What to run. Commands come without arguments.
+
+    daemon: gets `--config FILE`. worker: gets `--config FILE --index I --s3 HOST:PORT`, and is run `workers` times.
+    explain: makes the answerer of /v1/explain from the configuration.
+    """
+
+    name: str
+    daemon: Sequence[str] | None = None
+    worker: Sequence[str] | None = None
+    explain: Callable[[Config], Explain] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ports:
+    """Sockets of this process, and addresses as they came out."""
+
+    s3: tuple[socket.socket, str] | None
+    admin: tuple[socket.socket, str]
+
+
+def run_role(config_path: str, role: Role) -> int:
+    """Run in the foreground until SIGTERM or SIGINT; the exit code: 0 stopped as asked, 2 configuration, 1 else."""
+    try:
+        settings = config.load(config_path)
+        log.setup(settings.log.level, role.name)
+        raise_nofile()
+        taken = _take_ports(settings, role)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    metrics_dir = Path(tempfile.mkdtemp(prefix="kos-metrics-"))
+    try:
+        return asyncio.run(_run(os.path.abspath(config_path), settings, role, taken, metrics_dir))
+    finally:
+        shutil.rmtree(metrics_dir, ignore_errors=True)
+        for taken_port in (taken.s3, taken.admin):
+            if taken_port is not None:
+                taken_port[0].close()
+
+
+def raise_nofile() -> int:
+    """Raise the limit of open descriptors to what the system allows; children inherit it. The limit now in force."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError) as error:
+            _log.warning("limit of open files stays as it is", extra={"limit": soft, "reason": str(error)})
+            return soft
+    return hard
+
+
+def children_of(
+    config_path: str, settings: Config, role: Role, s3_address: str | None, metrics_dir: Path
+) -> list[ChildSpec]:
+    """The child processes of a role. Workers stop first, so that what they finish still finds its daemon."""
+
+    def env(name: str) -> dict[str, str]:
+        return {metrics.MULTIPROC_DIR: str(metrics_dir), metrics.PROCESS: name}
+
+    specs = []
+    if role.daemon is not None:
+        specs.append(
+            ChildSpec(
+                name="daemon",
+                argv=(*role.daemon, "--config", config_path),
+                env=env("daemon"),
+                serves=False,
+                stop_rank=1,
+                stop_s=settings.supervisor.stop_timeout_s,
+            )
+        )
+    if role.worker is not None and s3_address is not None:
+        specs.extend(
+            ChildSpec(
+                name=f"worker-{index}",
+                argv=(*role.worker, "--config", config_path, "--index", str(index), "--s3", s3_address),
+                env=env(f"worker-{index}"),
+                stop_s=settings.limits.drain_s + DRAIN_GRACE_S,
+                forward_hangup=True,
+            )
+            for index in range(settings.workers)
+        )
+    return specs
+
+
+def _take_ports(settings: Config, role: Role) -> _Ports:
+    s3 = ports.reserve("listen.s3", settings.listen.s3) if role.worker is not None else None
+    try:
+        return _Ports(s3, ports.listen("listen.admin", settings.listen.admin))
+    except ConfigError:
+        if s3 is not None:
+            s3[0].close()
+        raise
+
+
+async def _run(config_path: str, settings: Config, role: Role, taken: _Ports, metrics_dir: Path) -> int:
+    s3_address = taken.s3[1] if taken.s3 is not None else None
+    ready = f"kos ready{f' s3=http://{s3_address}' if s3_address else ''} admin=http://{taken.admin[1]}"
+    supervisor = Supervisor(
+        children_of(config_path, settings, role, s3_address, metrics_dir),
+        settings.supervisor,
+        Clock(),
+        on_ready=lambda: print(ready, flush=True),
+        on_exit=lambda name: forget_process(name, metrics_dir),
+    )
+    node = {"role": role.name, "version": kos.__version__, "region": settings.region, "pid": os.getpid()}
+    addresses = {"s3": s3_address, "admin": taken.admin[1]}
+    explain = role.explain(settings) if role.explain is not None else None
+    admin = Admin(supervisor, settings.supervisor, metrics_dir, explain, {**node, "listen": addresses})
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, supervisor.stop)
+    loop.add_signal_handler(signal.SIGHUP, supervisor.hangup)
+    await admin.start(taken.admin[0])
+    try:
+        code = await supervisor.run()
+    finally:
+        await admin.close()
+    if supervisor.failure:
+        print(f"{config_path}: {supervisor.failure}", file=sys.stderr)
+    return code
