@@ -1,0 +1,85 @@
+"""Everything that the cache has no business with: asked of the origin under kos' own signature, bodies streamed both ways.
+
+Owns: relaying the origin's answer. Does not own: how the question is put (kosproxy.outbound).
+
+Invariant: what the origin answers reaches the client as it was, status, headers and bytes, except for what belongs to
+one connection and the request id.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from kos.origin.lane import OriginResponse
+from kos.s3.operation import Op, Operation
+from kos.s3.sigv4 import Identity
+from koscache.carrier import Phase
+from kosproxy.exchange import Exchange
+from kosproxy.inbound import Inbound
+from kosproxy.outbound import Outbound, outbound
+from kosproxy.render import DROPPED, NO_BODY, common
+
+_log: Final = logging.getLogger("kosproxy.forward")
+_READS: Final = frozenset({Op.GetObject, Op.HeadObject})
+_REPEATABLE: Final = frozenset({"GET", "HEAD"})
+
+
+async def forward(exchange: Exchange, operation: Operation, identity: Identity) -> None:
+    """Ask the origin and relay its answer. Raises S3Error, OriginError before the head has left."""
+    if operation.op in _READS:
+        exchange.phase, exchange.reason = Phase.BYPASS, operation.bypass_reason
+    inbound = Inbound(exchange, operation, identity)
+    trailing = exchange.parts.config.origin.trailing_checksums
+    request = await outbound(exchange.head, identity, inbound, trailing_checksums=trailing)
+    async with await ask(exchange, operation, request) as response:
+        relay_head(exchange, response)
+        if exchange.has_body(response.status):
+            async for data in response.iter_chunks():
+                await exchange.write(data)
+        await exchange.finish()
+
+
+async def ask(exchange: Exchange, operation: Operation, request: Outbound) -> OriginResponse:
+    """Send the question; the caller closes the answer."""
+    head = exchange.head
+    exchange.origin_requests += 1
+    response = await exchange.parts.origin.request(
+        head.method,
+        operation.bucket,
+        operation.key,
+        query=request.query,
+        headers=request.headers,
+        body=request.body,
+        content_length=request.content_length,
+        payload_hash=request.payload_hash,
+        retry=head.method in _REPEATABLE and request.body is None,
+    )
+    if response.status == 403:
+        # The client's own signature was right, so this is about kos' credentials or the origin's policy.
+        _log.warning(
+            "the origin refused kos",
+            extra={"request_id": exchange.request_id, "operation": operation.op.value, "bucket": operation.bucket},
+        )
+    return response
+
+
+def relay_head(exchange: Exchange, response: OriginResponse) -> None:
+    """Begin the client's response with the origin's status and headers."""
+    headers = common(exchange.request_id, exchange.parts.clock.now())
+    if exchange.cache_note is not None:
+        headers.append(("x-kos-cache", exchange.cache_note))
+    named = response.headers.get("connection", "")
+    dropped = DROPPED | {name.strip().lower() for name in named.split(",")} if named else DROPPED
+    headers += [(name, value) for name, value in response.headers.items() if name.lower() not in dropped]
+    length = response.content_length
+    if not exchange.has_body(response.status):
+        if length is not None and response.status != 204:
+            headers.append(("Content-Length", str(length)))
+        exchange.begin(response.status, headers, 0)
+    else:
+        if length is not None:
+            headers.append(("Content-Length", str(length)))
+        exchange.begin(response.status, headers, length)
+
+

@@ -1,0 +1,90 @@
+"""GetObject and HeadObject through the cache.
+
+Owns: opening, the answer's head, sending the pieces in order, and starting over when the object changes before anything
+was sent. Does not own: where pieces come from (koscache.carrier), which headers an answer has (kos.s3.object_response).
+
+Invariant: head and body of a response come from one Opened, hence from one version of the object.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kos.errors import OriginRefused, S3Error
+from kos.s3 import object_response, ranges
+from kos.s3.conditions import CONDITION_HEADERS
+from kos.s3.head import RequestHead
+from kos.s3.operation import Operation
+from kos.s3.sigv4 import Identity
+from koscache.carrier import Changed, FilePiece, Opened, Phase, Want
+from kosproxy.exchange import Exchange
+
+#: An object that changes faster than it can be opened this often is answered with "try again".
+_OPENS_MAX: Final = 5
+_FROM_STORE: Final = frozenset({Phase.HIT, Phase.STALE, Phase.REVALIDATED})
+
+
+def want_of(head: RequestHead) -> Want:
+    """What the carrier has to know of the request."""
+    headers = head.headers
+    return Want(
+        head_only=head.method == "HEAD",
+        range=ranges.parse(headers.get("range")),
+        checksum_mode=headers.get("x-amz-checksum-mode", "").upper() == "ENABLED",
+        conditional="if-range" in headers or not CONDITION_HEADERS.isdisjoint(headers),
+    )
+
+
+async def read(exchange: Exchange, operation: Operation, identity: Identity) -> None:
+    """Answer an object read. Raises S3Error, OriginError before the head has left; ConnectionError afterwards."""
+    assert operation.bucket is not None and operation.key is not None
+    want = want_of(exchange.head)
+    carrier = exchange.parts.carrier
+    for _ in range(_OPENS_MAX):
+        try:
+            opened = await carrier.open(operation.bucket, operation.key, want)
+        except OriginRefused:
+            exchange.phase, exchange.reason = Phase.MISS, "refused"
+            exchange.origin_requests += 1
+            raise
+        before = opened.origin_requests
+        try:
+            exchange.phase, exchange.reason = opened.phase, opened.reason
+            await _send(exchange, operation, opened)
+            return
+        except Changed:
+            if exchange.begun:
+                raise
+        finally:
+            exchange.origin_requests += before
+            opened.close()
+    raise S3Error("SlowDown", "The object changes faster than it can be read.", headers={"Retry-After": "1"})
+
+
+async def _send(exchange: Exchange, operation: Operation, opened: Opened) -> None:
+    parts = exchange.parts
+    answer = object_response.answer(
+        exchange.head,
+        operation.params,
+        opened.record.meta,
+        cache_note=exchange.cache_note or "",
+        age_s=None if opened.age_s is None else int(opened.age_s),
+        request_id=exchange.request_id,
+        date=object_response.http_date(parts.clock.now()),
+    )
+    exchange.begin(answer.status, answer.headers, answer.stop - answer.start)
+    if answer.start == answer.stop:
+        await exchange.finish()
+        return
+    exchange.body_source = "hit" if opened.phase in _FROM_STORE else "fill"
+    body = parts.carrier.body(opened, answer.start, answer.stop)
+    try:
+        async for piece in body:
+            if isinstance(piece, FilePiece):
+                await exchange.relay(piece)
+            else:
+                await exchange.write(piece.data)
+        await exchange.finish()
+    finally:
+        await body.aclose()
+        exchange.origin_requests += body.origin_requests

@@ -1,0 +1,133 @@
+"""The body of a request, checked while it passes.
+
+Owns: how long a body will be, undoing aws-chunked, checking every promise about it, the idle time-out of a client that
+stops sending, and holding back its end. Does not own: the checks themselves (kos.s3.aws_chunked, kos.s3.checksums) or
+where the bytes go.
+
+Invariant: the last byte of a body is given out only after the whole body was found to be what the client had promised.
+The receiver was told the length beforehand, so a body that fails is one byte short at least, and never an object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Final
+
+from aiohttp.http_exceptions import PayloadEncodingError
+from aiohttp.web_protocol import RequestPayloadError
+
+from kos import metrics
+from kos.errors import S3Error
+from kos.s3 import aws_chunked
+from kos.s3.checksums import BodyCheck
+from kos.s3.head import RequestHead
+from kos.s3.operation import Op, Operation
+from kos.s3.sigv4 import Identity
+from kosproxy.exchange import Exchange
+
+#: Operations that are nothing without a body: a request without a length may not pass for one with an empty body.
+_NEED_LENGTH: Final = frozenset({Op.PutObject, Op.UploadPart})
+_LENGTH: Final = re.compile(r"[0-9]{1,20}", re.ASCII)
+
+
+def body_length(head: RequestHead, operation: Operation, identity: Identity) -> int:
+    """Bytes of the decoded body. Raises MissingContentLength, EntityTooLarge, InvalidArgument."""
+    headers = head.headers
+    if identity.payload in aws_chunked.FORMS:
+        return aws_chunked.decoded_length(headers)
+    text = headers.get("content-length")
+    if text is None:
+        if "transfer-encoding" in headers or operation.op in _NEED_LENGTH:
+            raise S3Error("MissingContentLength")
+        return 0
+    if not _LENGTH.fullmatch(text):
+        raise S3Error("InvalidArgument", extra={"ArgumentName": "Content-Length", "ArgumentValue": text})
+    if int(text) > aws_chunked.BODY_MAX_BYTES:
+        raise S3Error(
+            "EntityTooLarge", extra={"ProposedSize": text, "MaxSizeAllowed": str(aws_chunked.BODY_MAX_BYTES)}
+        )
+    return int(text)
+
+
+class Inbound:
+    """One body. Made after authentication; raises S3Error for promises that cannot be kept or understood.
+
+    Iterate it once, or read() it. trailers and the check's results are there afterwards.
+    """
+
+    def __init__(self, exchange: Exchange, operation: Operation, identity: Identity) -> None:
+        head = exchange.head
+        self._exchange = exchange
+        self._timeout_s = exchange.parts.config.limits.body_timeout_s
+        self.length = body_length(head, operation, identity)
+        self._decoder: aws_chunked.Decoder | None = None
+        if identity.payload in aws_chunked.FORMS:
+            names = aws_chunked.announced_trailers(head.headers)
+            self._decoder = aws_chunked.Decoder(identity.payload, identity, self.length, names)
+        self.check = BodyCheck(
+            head.headers,
+            identity.payload,
+            identity.payload_sha256,
+            self.length,
+            object_checksums=operation.op is Op.CompleteMultipartUpload,
+        )
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """The decoded body in pieces, the last one only after everything was verified."""
+        held = b""
+        async for piece in self._decoded():
+            self.check.update(piece)
+            if held:
+                yield held
+            held = piece
+        if self._decoder is not None:
+            self._decoder.finish()
+        self.check.finish(self.trailers)
+        if held:
+            yield held
+
+    @property
+    def trailers(self) -> dict[str, str]:
+        """Verified trailers of an aws-chunked body that has ended."""
+        return {} if self._decoder is None else self._decoder.trailers
+
+    async def read(self, max_bytes: int) -> bytes:
+        """A whole small body. Raises MaxMessageLengthExceeded beyond max_bytes, before reading it."""
+        if self.length > max_bytes:
+            raise S3Error("MaxMessageLengthExceeded", extra={"MaxMessageLengthBytes": str(max_bytes)})
+        return b"".join([piece async for piece in self])
+
+    async def _decoded(self) -> AsyncIterator[bytes]:
+        exchange, decoder = self._exchange, self._decoder
+        if self.length or decoder is not None:
+            await exchange.continue_body()
+        else:
+            # Nothing will come, whatever the client waits for.
+            exchange.expects_continue = False
+        async for data in self._received():
+            if decoder is None:
+                yield data
+            else:
+                for piece in decoder.feed(data):
+                    yield piece
+
+    async def _received(self) -> AsyncIterator[bytes]:
+        content = self._exchange.request.content
+        while True:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    data = await content.readany()
+            except TimeoutError:
+                self._exchange.keep_alive = False
+                self._exchange.connection.close_after_answer()
+                raise S3Error("RequestTimeout") from None
+            except (RequestPayloadError, PayloadEncodingError) as error:
+                # HTTP's own framing is broken: where the next request would begin nobody knows.
+                self._exchange.keep_alive = False
+                raise S3Error("IncompleteBody") from error
+            if not data:
+                return
+            metrics.BYTE_COUNTS.add(("client",), len(data))
+            yield data

@@ -1,0 +1,134 @@
+"""A client's request as kos asks it of the origin: the same question under kos' own signature.
+
+Owns: which headers and query parameters go on, and how the body is framed and announced to the origin. Does not own:
+signing and sending (kos.origin.lane), checking the body (kosproxy.inbound).
+
+Invariant: nothing of the client's authentication reaches the origin, and nothing of what the client asks is lost.
+
+Sources: RFC 9110 section 7.6.1 (hop-by-hop); https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from kos.s3 import aws_chunked, checksums
+from kos.s3.head import RequestHead
+from kos.s3.names import parse_query
+from kos.s3.sigv4 import Identity, Payload
+from kosproxy.inbound import Inbound
+
+HOP_BY_HOP: Final = frozenset(
+    {
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+        "transfer-encoding", "upgrade",
+    }
+)  # fmt: skip
+# The client's authentication and framing; both are made anew for the origin.
+_OWN: Final = frozenset(
+    {
+        "authorization", "content-encoding", "content-length", "date", "expect", "host", "x-amz-content-sha256",
+        "x-amz-date", "x-amz-decoded-content-length", "x-amz-security-token", "x-amz-trailer",
+    }
+)  # fmt: skip
+_PRESIGN: Final = frozenset(
+    {
+        "x-amz-algorithm", "x-amz-content-sha256", "x-amz-credential", "x-amz-date", "x-amz-expires",
+        "x-amz-security-token", "x-amz-signature", "x-amz-signedheaders",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outbound:
+    """query: decoded pairs. body: None or pieces of exactly content_length bytes together. payload_hash: for signing."""
+
+    query: list[tuple[str, str]]
+    headers: list[tuple[str, str]]
+    body: AsyncIterator[bytes | memoryview] | bytes | None
+    content_length: int | None
+    payload_hash: str
+
+
+def end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The headers that are not for one connection only; names lower case."""
+    dropped = HOP_BY_HOP
+    if "connection" in headers:
+        dropped = dropped | {name.strip().lower() for name in headers["connection"].split(",")}
+    return [(name, value) for name, value in headers.items() if name not in dropped]
+
+
+def question(head: RequestHead, identity: Identity) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(query, headers) for the origin, without what announces the body.
+
+    A presigning client may have moved x-amz-* headers into the query, where S3 reads them only because the URL is
+    presigned; under a signature in the header they have to be headers again.
+    """
+    headers = [(name, value) for name, value in end_to_end(head.headers) if name not in _OWN]
+    encoding = aws_chunked.stored_content_encoding(head.headers.get("content-encoding"))
+    if encoding is not None:
+        headers.append(("content-encoding", encoding))
+    query: list[tuple[str, str]] = []
+    for name, value in parse_query(head.raw_query):
+        lower = name.lower()
+        if lower in _PRESIGN:
+            continue
+        if identity.presigned and lower.startswith("x-amz-"):
+            if lower not in head.headers:
+                headers.append((lower, value))
+        else:
+            query.append((name, value))
+    return query, headers
+
+
+async def outbound(head: RequestHead, identity: Identity, inbound: Inbound, *, trailing_checksums: bool) -> Outbound:
+    """The request with its body. Raises what checking the body raises: an empty body is checked before anything is sent,
+    any other while it is on its way."""
+    query, headers = question(head, identity)
+    length = inbound.length
+    if length == 0:
+        async for _ in inbound:
+            raise AssertionError("an empty body has no pieces")
+        headers += inbound.trailers.items()
+        has_body = head.method in ("PUT", "POST") or "content-length" in head.headers
+        return Outbound(query, headers, b"" if has_body else None, 0 if has_body else None, _hash(identity))
+    algorithm = inbound.check.algorithm
+    announced = aws_chunked.announced_trailers(head.headers) if identity.payload in aws_chunked.FORMS else frozenset()
+    if announced and algorithm is not None and trailing_checksums:
+        name = checksums.HEADER_PREFIX + algorithm
+        encoded = aws_chunked.unsigned_trailer_length(length, name, checksums.encoded_length(algorithm))
+        stored = next((value for header, value in headers if header == "content-encoding"), None)
+        headers = [pair for pair in headers if pair[0] != "content-encoding"]
+        headers += [
+            ("content-encoding", "aws-chunked" if stored is None else f"aws-chunked,{stored}"),
+            ("x-amz-decoded-content-length", str(length)),
+            ("x-amz-trailer", name),
+        ]
+        payload_hash = Payload.STREAMING_UNSIGNED_TRAILER.value
+        return Outbound(query, headers, _with_trailer(inbound, length, name), encoded, payload_hash)
+    return Outbound(query, headers, aiter(inbound), length, _hash(identity))
+
+
+def document(head: RequestHead, identity: Identity, inbound: Inbound, body: bytes) -> Outbound:
+    """The request with a small body that was read, and so verified, already; a trailer's checksum becomes a header."""
+    query, headers = question(head, identity)
+    headers += inbound.trailers.items()
+    return Outbound(query, headers, body, len(body), _hash(identity))
+
+
+def _hash(identity: Identity) -> str:
+    """A hash that the client gave is passed on: so the origin checks the same bytes once more."""
+    if identity.payload is Payload.SIGNED and identity.payload_sha256 is not None:
+        return identity.payload_sha256
+    return Payload.UNSIGNED.value
+
+
+async def _with_trailer(inbound: Inbound, length: int, name: str) -> AsyncIterator[bytes | memoryview]:
+    """The body aws-chunked with its checksum behind it. That, and the last piece, come only when all was verified."""
+    encoder = aws_chunked.Encoder(length, name)
+    async for piece in inbound:
+        for encoded in encoder.encode(piece):
+            yield encoded
+    yield encoder.finish(inbound.trailers[name])

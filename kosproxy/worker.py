@@ -1,0 +1,155 @@
+"""One worker process: an S3 endpoint on a port that it shares with its siblings.
+
+Owns: making the parts and taking them down in order, the listening socket, signals, telling the supervisor how it is.
+Does not own: being restarted (kos.node.supervisor), or anything that happens to a request.
+
+Invariant: says ready only when a request that arrives next will be answered, and exits 0 after SIGTERM within
+limits.drain and a moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import uvloop
+
+from kos import config, log, metrics
+from kos.clock import Clock
+from kos.config import Config
+from kos.errors import ConfigError
+from kos.log import AccessLog
+from kos.node.status import EXIT_CONFIG, ChildStatus
+from kos.origin.credentials import from_config
+from kos.origin.lane import OriginLane
+from kos.rules import Rules
+from kos.tasks import Tasks
+from koscache.carrier import Carrier
+from koscache.reader import Reader
+from kosproxy.parts import Parts
+from kosproxy.pipeline import Pipeline
+from kosproxy.render import turned_away
+from kosproxy.server import Edge
+
+#: Threads that wait for the disk on behalf of clients; each at most one window of a file at a time.
+DISK_THREADS: Final = 8
+#: How often the supervisor is told whether this worker caches.
+STATUS_EVERY_S: Final = 1.0
+#: What tasks may take to end after the drain.
+CLOSE_S: Final = 0.5
+
+_log: Final = logging.getLogger("kosproxy.worker")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until SIGTERM; the exit code."""
+    parser = argparse.ArgumentParser(prog="kosproxy.worker")
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--index", type=int, default=0, help="this worker's number on its node")
+    parser.add_argument("--s3", metavar="HOST:PORT", help="where to listen; default: listen.s3")
+    arguments = parser.parse_args(argv)
+    status = ChildStatus.from_env()
+    status.starting()
+    try:
+        settings = config.load(arguments.config)
+        log.setup(settings.log.level)
+        listener = listen(arguments.s3 or settings.listen.s3, settings.limits.backlog)
+        uvloop.run(serve(settings, listener, status))
+    except ConfigError as error:
+        status.failed(str(error))
+        print(error, file=sys.stderr)
+        return EXIT_CONFIG
+    return 0
+
+
+def listen(address: str, backlog: int) -> socket.socket:
+    """A listening socket on a port that all workers share. Raises ConfigError if the port is somebody else's."""
+    host, port = config.split_address(address)
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(where)
+    except OSError as error:
+        raise ConfigError(f"listen.s3: {address}: {error.strerror}") from error
+    listener.listen(backlog)
+    listener.setblocking(False)
+    return listener
+
+
+async def serve(settings: Config, listener: socket.socket, status: ChildStatus) -> None:
+    """Answer requests on listener until SIGTERM or SIGINT, then drain."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with parts_of(settings) as parts:
+        loop.add_signal_handler(signal.SIGHUP, parts.access_log.reopen)
+        edge = Edge(Pipeline(parts), settings.limits, parts.threads, turned_away())
+        server = await loop.create_server(edge, sock=listener, backlog=settings.limits.backlog)
+        # What lives now lives as long as the process: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        telling = parts.tasks.spawn(_tell(parts, status), "status")
+        await stop.wait()
+        telling.cancel()
+        status.draining()
+        server.close()
+        await edge.drain(settings.limits.drain_s)
+
+
+@contextlib.asynccontextmanager
+async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterator[Parts]:
+    """The parts of a worker, started; closed in reverse order."""
+    clock = clock or Clock()
+    tasks = Tasks("worker")
+    async with contextlib.AsyncExitStack() as stack:
+        access_log = AccessLog(settings.log)
+        await access_log.start()
+        stack.push_async_callback(access_log.close)
+        threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
+        stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+        origin = OriginLane(settings.origin, from_config(settings.origin, clock), clock)
+        await origin.start()
+        stack.push_async_callback(origin.close)
+        reader = Reader(settings.cache.dir)
+        stack.callback(reader.close)
+        carrier = Carrier(settings, reader, origin, Rules(settings.rules), clock, tasks)
+        await carrier.start()
+        stack.push_async_callback(carrier.close)
+        tasks.spawn(metrics.flush_forever(clock), "metrics")
+        stack.push_async_callback(tasks.close, CLOSE_S)
+        yield Parts(
+            config=settings,
+            secrets={each.access_key: each.secret_key for each in settings.credentials},
+            carrier=carrier,
+            origin=origin,
+            clock=clock,
+            tasks=tasks,
+            access_log=access_log,
+            threads=threads,
+        )
+
+
+async def _tell(parts: Parts, status: ChildStatus) -> None:
+    """Keep the supervisor informed. Ready is said once the loop has come round, with the socket in it."""
+    while True:
+        await parts.clock.sleep(0)
+        status.ready(parts.carrier.caching, parts.carrier.reason)
+        await parts.clock.sleep(STATUS_EVERY_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
