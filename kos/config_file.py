@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from kos.errors import ConfigError
 FILE_BYTES_MAX: Final = 1 << 20
 SECRET_BYTES_MAX: Final = 4096
 COMPLAINTS_MAX: Final = 20
+
+#: user and password of a URL
+_PASSWORD: Final = re.compile(r"//[^/]*@")
 
 S = TypeVar("S", bound=msgspec.Struct)
 Place = tuple[str | int, ...]
@@ -275,7 +279,8 @@ def _read_scalar(reading: _Reading, place: Place, node: yaml.Node, kind: Kind) -
     try:
         return kind.parse(node.value)
     except ValueError:
-        shown = node.value if len(node.value) <= 100 else f"{node.value[:100]}…"
+        shown = _PASSWORD.sub("//…@", node.value)
+        shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
         reading.complain(place, repr(shown), kind.allowed)
         return _MISSING
 

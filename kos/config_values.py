@@ -27,7 +27,7 @@ ALWAYS: Final = 0.0
 
 _SIZE_UNITS: Final = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 _DURATION_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER_UNIT: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_NUMBER_UNIT: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)")
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -255,4 +255,6 @@ DOMAIN: Final = Kind("a host name, e.g. s3.example.org", _parse_domain)
 CONTROL_URL: Final = Kind("sqlite:///PATH or postgresql://HOST/NAME", _parse_control_url)
 FRESHNESS: Final = Kind("immutable | always | a time with unit ms s m h d, e.g. 30s", _parse_freshness, show_freshness)
 GLOB: Final = Kind("a glob over bucket or bucket/key, e.g. datasets/*; [ must be closed", _parse_glob)
-ACCESS_KEY: Final = Kind("an access key: letters, digits, . _ -, at most 128", _matching(re.compile(r"[\w.-]{1,128}")))
+ACCESS_KEY: Final = Kind(
+    "an access key: letters, digits, . _ -, at most 128", _matching(re.compile(r"[A-Za-z0-9_.-]{1,128}"))
+)

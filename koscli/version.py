@@ -1,0 +1,16 @@
+"""`kos version`."""
+
+from __future__ import annotations
+
+import argparse
+
+import kos
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """No options."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    print(f"kos {kos.__version__}")
+    return 0
