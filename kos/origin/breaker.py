@@ -1,0 +1,110 @@
+"""The circuit breaker of one origin: a state machine without I/O.
+
+Owns: when requests are let through, refused, or let through one by one to see whether the origin is back.
+Does not own: what counts as unavailable (the lane says so: connect errors, timeouts, broken connections, 5xx; never
+4xx, which is an answer), or what callers do when refused.
+
+    CLOSED ──`failures` in a row──▶ OPEN ──open_s later, one request──▶ HALF_OPEN ──it succeeds──▶ CLOSED
+                                     ▲                                        │
+                                     └────────────────it fails────────────────┘
+
+Invariant: in HALF_OPEN at most one request is under way; only its own outcome changes the state. Requests that began in
+an earlier life of the breaker (before it opened) change nothing when they end:
+
+    A sent · breaker opens · A answered late with 200        A's ticket is old: the breaker stays open until its probe
+
+Times are monotonic seconds, given by the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class State(Enum):
+    CLOSED = 0
+    HALF_OPEN = 1
+    OPEN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Leave to send one request; give it back with succeeded, failed or abandoned, exactly once."""
+
+    life: int
+    probe: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """No leave; retry_after_s: seconds until a probe will be let through."""
+
+    reason: str
+    retry_after_s: float
+
+
+class Breaker:
+    """failures: how many in a row open it. open_s: how long it then refuses everything."""
+
+    __slots__ = ("_failures_max", "_life", "_open_s", "_opened_at", "_run", "_state", "reason")
+
+    def __init__(self, failures: int, open_s: float) -> None:
+        self._failures_max = failures
+        self._open_s = open_s
+        self._state = State.CLOSED
+        self._run = 0
+        self._life = 0
+        self._opened_at = 0.0
+        self.reason = ""
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def admit(self, now: float) -> Ticket | Refused:
+        """A ticket, or why not."""
+        if self._state is State.CLOSED:
+            return Ticket(self._life)
+        if self._state is State.OPEN:
+            wait_s = self._opened_at + self._open_s - now
+            if wait_s <= 0:
+                self._state = State.HALF_OPEN
+                self._life += 1
+                return Ticket(self._life, probe=True)
+            return Refused(f"origin unavailable ({self.reason})", wait_s)
+        # The probe ends at the latest with its own timeout; until then a second is a fair time to ask again.
+        return Refused(f"origin is being tried again ({self.reason})", 1.0)
+
+    def succeeded(self, ticket: Ticket) -> None:
+        """The origin answered, with whatever below 500."""
+        if ticket.life != self._life:
+            return
+        self._run = 0
+        if self._state is State.HALF_OPEN:
+            self._state = State.CLOSED
+            self._life += 1
+            self.reason = ""
+
+    def failed(self, ticket: Ticket, now: float, reason: str) -> None:
+        """The origin was not available; reason goes into what the refused are told."""
+        if ticket.life != self._life:
+            return
+        self._run += 1
+        if self._state is State.HALF_OPEN or self._run >= self._failures_max:
+            self._open(now, reason)
+
+    def abandoned(self, ticket: Ticket, now: float) -> None:
+        """The request ended without telling anything (cancelled, or its client's body broke off)."""
+        if ticket.life == self._life and self._state is State.HALF_OPEN:
+            # No probe is under way any more: back to open, and due at once, so that the next request is the probe.
+            self._state = State.OPEN
+            self._life += 1
+            self._opened_at = now - self._open_s
+
+    def _open(self, now: float, reason: str) -> None:
+        self._state = State.OPEN
+        self._opened_at = now
+        self._run = 0
+        self._life += 1
+        self.reason = reason

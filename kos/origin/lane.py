@@ -1,0 +1,430 @@
+"""Every request to the origin goes through here: signed by us, sent by an aiohttp session, retried, held back, counted.
+
+Owns: URL and headers as they go out, connections and their bound, timeouts up to the answer's head, the order of retry
+and breaker. Does not own: the signature (kos.s3.sigv4), the decisions (kos.origin.retry, kos.origin.breaker), bodies of
+answers (kos.origin.response, kos.origin.sink) and of requests (kos.origin.upload).
+
+    admit (breaker) → take a connection's place (bounded) → sign → send → head
+         ▲                                                            │
+         └── wait ◀── again? (retry) ◀── failure or passing 5xx ◀─────┴──▶ anything else is the caller's answer
+
+Invariant: what was signed is what is sent, byte for byte: the path is encoded once, here, and neither yarl nor aiohttp
+touches it again. No answer of the origin is an exception; only having none is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import aiohttp
+from aiohttp.abc import AbstractResolver
+from multidict import CIMultiDict
+from yarl import URL
+
+from kos.clock import Clock
+from kos.config import Origin
+from kos.errors import OriginBroken, OriginUnavailable, S3Error
+from kos.origin import retry as retrying
+from kos.origin.breaker import Breaker, Refused, Ticket
+from kos.origin.credentials import Credentials, CredentialSource, resolve_endpoint
+from kos.origin.observer import Metrics, Observer
+from kos.origin.response import OriginResponse
+from kos.origin.retry import Failure
+from kos.origin.sink import own_retries_only
+from kos.origin.upload import Patience, Piece, Upload
+from kos.s3.names import encode_key, parse_query, uri_encode
+from kos.s3.sigv4 import UNSIGNED_PAYLOAD, canonical_query, sign_headers
+
+#: aiohttp would add these of its own accord. The origin's answers must be the object's bytes, never compressed ones.
+_SKIPPED_HEADERS: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+_USER_AGENT: Final = "kos"
+_KEEPALIVE_S: Final = 15.0  # S3 closes idle connections after about 20 s; ours must end first
+_DNS_TTL_S: Final = 10
+#: What aiohttp holds of a body that is read in pieces: at most twice this and one receive (256 KiB) per connection.
+_READ_BUFFER_BYTES: Final = 64 * 1024
+_HEAD_LINE_BYTES: Final = 32 * 1024
+_HEADERS_MAX: Final = 256
+#: Requests waiting for a connection, per connection: at 64 connections 1024 wait, more are told to come back.
+_WAITING_PER_CONNECTION: Final = 16
+#: An error's body is read to keep its connection for the next attempt, if it is no longer than this.
+_DRAIN_BYTES: Final = 64 * 1024
+#: Ours to say, whatever the caller copied from its client.
+_OURS: Final = (
+    "host",
+    "connection",
+    "content-length",
+    "transfer-encoding",
+    "expect",
+    "authorization",
+    "x-amz-date",
+    "x-amz-content-sha256",
+    "x-amz-security-token",
+)
+
+Headers = Mapping[str, str] | Iterable[tuple[str, str]]
+Body = bytes | bytearray | memoryview | AsyncIterable[Piece] | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Request:
+    """What stays the same over the attempts, and the upload of the last one."""
+
+    method: str
+    path: str
+    query: str
+    url: URL
+    headers: CIMultiDict[str]
+    answer_timeout_s: float
+    deadline: float
+    body: Body = None
+    content_length: int = 0
+    payload_hash: str = UNSIGNED_PAYLOAD
+    operation: str = ""
+    repeatable: bool = False
+    upload: Upload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """An attempt without an answer."""
+
+    failure: Failure
+    text: str
+    cause: BaseException
+
+
+class OriginLane:
+    """One per worker and origin; start() and close() on its loop. See request()."""
+
+    def __init__(
+        self,
+        origin: Origin,
+        credentials: CredentialSource,
+        clock: Clock,
+        *,
+        observer: Observer | None = None,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        self._origin = origin
+        self._credentials = credentials
+        self._clock = clock
+        self._observer = observer or Metrics()
+        self._resolver = resolver
+        self._policy = retrying.Policy(origin.retries, origin.retry_base_s, origin.retry_max_s)
+        self.breaker = Breaker(origin.breaker_failures, origin.breaker_open_s)
+        self._places = asyncio.Semaphore(origin.connections)
+        self._waiting = 0
+        self._session: aiohttp.ClientSession | None = None
+        self._scheme = self._authority = self._base_path = ""
+        self._usual_timeouts = aiohttp.ClientTimeout(
+            total=None, sock_connect=origin.connect_timeout_s, sock_read=origin.read_timeout_s
+        )
+
+    async def start(self) -> None:
+        endpoint = self._origin.endpoint or await resolve_endpoint(self._origin.region, self._origin.profile)
+        url = URL(endpoint)
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(f"no endpoint: {endpoint!r}")
+        self._scheme = url.scheme
+        self._authority = url.raw_authority if not url.is_default_port() else url.host_subcomponent or url.host
+        self._base_path = url.raw_path.rstrip("/")
+        connector = aiohttp.TCPConnector(
+            limit=self._origin.connections,
+            keepalive_timeout=_KEEPALIVE_S,
+            ttl_dns_cache=_DNS_TTL_S,
+            ssl=_tls(self._origin) if url.scheme == "https" else True,
+            resolver=self._resolver,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=_SKIPPED_HEADERS,
+            auto_decompress=False,
+            trust_env=False,
+            read_bufsize=_READ_BUFFER_BYTES,
+            max_line_size=_HEAD_LINE_BYTES,
+            max_field_size=_HEAD_LINE_BYTES,
+            max_headers=_HEADERS_MAX,
+        )
+        own_retries_only(self._session)
+
+    async def close(self) -> None:
+        """Close all connections, also those in use."""
+        if self._session is not None:
+            await self._session.close()
+        await self._credentials.close()
+
+    async def request(
+        self,
+        method: str,
+        bucket: str | None,
+        key: str | None,
+        *,
+        query: str | Iterable[tuple[str, str]] = "",
+        headers: Headers = (),
+        body: Body = None,
+        content_length: int | None = None,
+        payload_hash: str = UNSIGNED_PAYLOAD,
+        retry: bool = True,
+        operation: str | None = None,
+        answer_timeout_s: float | None = None,
+    ) -> OriginResponse:
+        """Send one request; returns when the head of the final answer is there. Use the result with `async with`.
+
+        query: raw, or decoded pairs. headers: end-to-end ones; host, length and signature are added. body: bytes, or an
+        async iterable of pieces together with content_length; the request never becomes whole if the iterable raises or
+        does not give exactly that many bytes (S3Error IncompleteBody). retry: may be tried again, if method and body
+        allow it at all. operation: for the metrics. answer_timeout_s: from the request's last byte to the answer's
+        head; origin.read_timeout_s if None, origin.request_timeout_s for copies and completions.
+
+        Raises OriginUnavailable (no connection, no answer in time, breaker open), OriginBroken (no proper HTTP), and
+        what the body's iterator raised. HTTP errors are answers; a 5xx is returned when the attempts are used up.
+        """
+        pending = self._prepare(method, bucket, key, query, headers)
+        pending.body = body
+        pending.payload_hash = payload_hash
+        pending.operation = operation or method
+        pending.repeatable = retry and retrying.may_repeat(method, frozenset(map(str.lower, pending.headers)))
+        if answer_timeout_s is not None:
+            pending.answer_timeout_s = answer_timeout_s
+        if isinstance(body, AsyncIterable):
+            assert content_length is not None, "a body in pieces needs its length"
+            pending.headers["Content-Length"] = str(content_length)
+            pending.content_length = content_length
+            if content_length == 0:
+                # The head alone makes an empty object, so the iterator has to end well before it is sent.
+                await _expect_nothing(body)
+                pending.body = b""
+        attempt = 0
+        while True:
+            attempt += 1
+            outcome = await self._attempt(pending, self._admit())
+            decision = retrying.decide(
+                outcome.status if isinstance(outcome, OriginResponse) else outcome.failure,
+                attempt=attempt,
+                replayable=pending.repeatable and (pending.upload is None or not pending.upload.started),
+                policy=self._policy,
+                remaining_s=pending.deadline - self._clock.monotonic(),
+                jitter=self._clock.jitter,
+                retry_after_s=self._retry_after_s(outcome),
+            )
+            if isinstance(outcome, OriginResponse):
+                if not decision.again:
+                    return outcome
+                await _discard(outcome)
+            elif not decision.again:
+                raise _error(outcome) from outcome.cause
+            await self._clock.sleep(decision.delay_s)
+
+    def _prepare(
+        self, method: str, bucket: str | None, key: str | None, query: str | Iterable[tuple[str, str]], headers: Headers
+    ) -> _Request:
+        """The target, encoded once: what is signed and what is sent."""
+        pairs = parse_query(query) if isinstance(query, str) else list(query)
+        wire_query = canonical_query(pairs)
+        host = self._authority
+        path = self._base_path + "/"
+        if bucket is not None:
+            if self._origin.addressing == "virtual":
+                host = f"{bucket}.{host}"
+            else:
+                path += uri_encode(bucket, False) + ("/" if key is not None else "")
+        if key is not None:
+            path += encode_key(key)
+        fields = CIMultiDict(headers)
+        for name in _OURS:
+            fields.popall(name, None)
+        fields["Host"] = host
+        fields.setdefault("Accept-Encoding", "identity")
+        fields.setdefault("User-Agent", _USER_AGENT)
+        slow = "x-amz-copy-source" in fields or (method == "POST" and any(name == "uploadId" for name, _ in pairs))
+        return _Request(
+            method=method,
+            path=path,
+            query=wire_query,
+            url=URL(f"{self._scheme}://{host}{path}{'?' if wire_query else ''}{wire_query}", encoded=True),
+            headers=fields,
+            answer_timeout_s=self._origin.request_timeout_s if slow else self._origin.read_timeout_s,
+            deadline=self._clock.monotonic() + self._origin.request_timeout_s,
+        )
+
+    def _retry_after_s(self, outcome: OriginResponse | _Failed) -> float | None:
+        if isinstance(outcome, _Failed):
+            return None
+        return retrying.parse_retry_after(outcome.headers.get("retry-after"), self._clock.now())
+
+    # -- one attempt ---------------------------------------------------------------------------------------------
+
+    def _admit(self) -> Ticket:
+        admitted = self.breaker.admit(self._clock.monotonic())
+        if isinstance(admitted, Refused):
+            self._observer.failed("breaker")
+            raise OriginUnavailable(admitted.reason, retry_after_s=max(admitted.retry_after_s, 1.0))
+        self._observer.breaker(self.breaker.state)
+        return admitted
+
+    async def _attempt(self, pending: _Request, ticket: Ticket) -> OriginResponse | _Failed:
+        """An answer, or how there is none; the breaker gets its ticket back on every way out."""
+        begun_at = self._clock.monotonic()
+        pending.upload = None
+        told = False
+        try:
+            credentials = await self._credentials.get()
+            response = await self._send_in_turn(pending, credentials)
+            if response.status >= 500 and response.status in retrying.RETRIED_STATUS:
+                self.breaker.failed(ticket, self._clock.monotonic(), f"status {response.status}")
+            else:
+                self.breaker.succeeded(ticket)
+            told = True
+            self._observer.answered(pending.operation, response.status, self._clock.monotonic() - begun_at)
+            has_body = pending.method != "HEAD" and response.status not in (204, 304)
+            return OriginResponse(
+                response, has_body=has_body, read_timeout_s=self._origin.read_timeout_s, on_broken=self._body_broke
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if pending.upload is not None and pending.upload.error is not None:
+                raise pending.upload.error from None
+            failed = _classify(error)
+            self.breaker.failed(ticket, self._clock.monotonic(), failed.failure.value)
+            self._observer.failed(failed.failure.value)
+            told = True
+            return failed
+        finally:
+            if not told:
+                self.breaker.abandoned(ticket, self._clock.monotonic())
+            self._observer.breaker(self.breaker.state)
+
+    async def _send_in_turn(self, pending: _Request, credentials: Credentials) -> aiohttp.ClientResponse:
+        """Send with one of the bounded connections, whose place is given back together with it."""
+        await self._take_place(pending)
+        try:
+            response = await self._send(pending, credentials)
+        except BaseException:
+            self._places.release()
+            raise
+        if response.connection is None:  # the whole body came with the head
+            self._places.release()
+        else:
+            response.connection.add_callback(self._places.release)
+        return response
+
+    async def _take_place(self, pending: _Request) -> None:
+        """One of the bounded connections; who waits too long, or in too long a queue, is told to come back.
+
+        Not the origin's fault, hence nothing to the breaker: its connections are busy with bodies.
+        """
+        if not self._places.locked():
+            await self._places.acquire()
+            return
+        if self._waiting >= _WAITING_PER_CONNECTION * self._origin.connections:
+            self._observer.failed("busy")
+            raise OriginUnavailable("too many requests wait for a connection to the origin")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(pending.answer_timeout_s):
+                await self._places.acquire()
+        except TimeoutError:
+            self._observer.failed("busy")
+            raise OriginUnavailable("all connections to the origin are busy") from None
+        finally:
+            self._waiting -= 1
+
+    async def _send(self, pending: _Request, credentials: Credentials) -> aiohttp.ClientResponse:
+        assert self._session is not None, "start() first"
+        headers = pending.headers.copy()
+        signature = sign_headers(
+            pending.method,
+            pending.path,
+            pending.query,
+            headers,
+            access_key=credentials.access_key,
+            secret_key=credentials.secret_key,
+            session_token=credentials.session_token,
+            region=self._origin.region,
+            now=self._clock.now(),
+            payload_hash=pending.payload_hash,
+        )
+        headers.update(signature)
+        patience = Patience(
+            left_s=max(pending.deadline - self._clock.monotonic(), 0.0),
+            stall_s=self._origin.read_timeout_s,
+            answer_s=pending.answer_timeout_s,
+        )
+        data: bytes | bytearray | memoryview | Upload | None
+        if isinstance(pending.body, AsyncIterable):
+            data = pending.upload = Upload(pending.body, pending.content_length, patience.watch)
+        else:
+            data = pending.body
+        async with patience.timeout(self._origin.connect_timeout_s + pending.answer_timeout_s):
+            response = await self._session.request(
+                pending.method,
+                pending.url,
+                headers=headers,
+                data=data,
+                allow_redirects=False,
+                timeout=self._timeouts(pending),
+            )
+        patience.end()
+        if pending.upload is not None and not pending.upload.finished:
+            # Refused before the body was sent: no more of it is wanted, and this connection has no further use.
+            pending.upload.stop()
+            if response.status < 400:
+                response.close()
+                raise aiohttp.ClientPayloadError(f"status {response.status} before the body was sent")
+        return response
+
+    def _timeouts(self, pending: _Request) -> aiohttp.ClientTimeout:
+        if pending.answer_timeout_s <= self._origin.read_timeout_s:
+            return self._usual_timeouts
+        return aiohttp.ClientTimeout(
+            total=None, sock_connect=self._origin.connect_timeout_s, sock_read=pending.answer_timeout_s
+        )
+
+    def _body_broke(self, reason: str) -> None:
+        self._observer.failed("body")
+
+
+def _classify(error: BaseException) -> _Failed:
+    """aiohttp's exceptions in our words; the order matters, they inherit from each other."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return _Failed(Failure.CONNECT_TIMEOUT, "connecting to the origin took too long", error)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return _Failed(Failure.CONNECT, f"cannot connect to the origin: {error}", error)
+    if isinstance(error, TimeoutError):  # aiohttp's timeouts are also these
+        return _Failed(Failure.ANSWER_TIMEOUT, "the origin did not answer in time", error)
+    if isinstance(error, aiohttp.ClientResponseError | aiohttp.ClientPayloadError | aiohttp.InvalidURL):
+        return _Failed(Failure.NOT_HTTP, f"the origin's answer is no proper HTTP: {text}", error)
+    return _Failed(Failure.DISCONNECTED, f"the origin closed the connection: {text}", error)
+
+
+def _error(failed: _Failed) -> OriginUnavailable | OriginBroken:
+    return OriginBroken(failed.text) if failed.failure is Failure.NOT_HTTP else OriginUnavailable(failed.text)
+
+
+async def _discard(response: OriginResponse) -> None:
+    """Read what is left of a short error, so that its connection can be used again."""
+    async with response:
+        if response.content_length is not None and response.content_length <= _DRAIN_BYTES:
+            with contextlib.suppress(OriginBroken):
+                await response.read(_DRAIN_BYTES)
+
+
+async def _expect_nothing(body: AsyncIterable[Piece]) -> None:
+    async for piece in body:
+        if len(piece):
+            raise S3Error("IncompleteBody", "The body is longer than the 0 bytes announced.")
+
+
+def _tls(origin: Origin) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=origin.ca_file)
+    if not origin.verify_tls:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["http/1.1"])
+    return context
