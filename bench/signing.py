@@ -1,0 +1,94 @@
+"""Requests as an S3 client signs them, ready to be sent.
+
+Owns: request heads with a presigned URL or an Authorization header, made with botocore's signer (not our own, so that
+the two are held against each other). Does not own: sending.
+
+Invariant: no two URLs of `presigned_targets` carry the same signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import quote, urlsplit
+
+from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth  # type: ignore[import-untyped]
+from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
+from botocore.credentials import Credentials  # type: ignore[import-untyped]
+
+from bench.client import Address
+
+ACCESS_KEY: Final = "BENCHCLIENT"
+SECRET_KEY: Final = "bench-client-secret"
+REGION: Final = "bench-1"
+UNSIGNED: Final = "UNSIGNED-PAYLOAD"
+_EXPIRES_MIN_S: Final = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """What is asked for."""
+
+    bucket: str
+    key: str
+
+    @property
+    def path(self) -> str:
+        return quote(f"/{self.bucket}/{self.key}")
+
+
+def _credentials() -> Credentials:
+    return Credentials(ACCESS_KEY, SECRET_KEY)
+
+
+def presigned_target(to: Address, what: Object, expires_s: int = _EXPIRES_MIN_S) -> str:
+    """Path and query of a presigned GET."""
+    request = AWSRequest("GET", f"http://{to}{what.path}")
+    S3SigV4QueryAuth(_credentials(), "s3", REGION, expires=expires_s).add_auth(request)
+    url = urlsplit(request.url)
+    return f"{url.path}?{url.query}"
+
+
+def presigned_targets(to: Address, objects: Iterable[Object], count: int) -> list[str]:
+    """`count` presigned targets over the objects in turn, each with its own expiry and so its own signature."""
+    every = list(objects)
+    return [presigned_target(to, every[i % len(every)], _EXPIRES_MIN_S + i) for i in range(count)]
+
+
+def plain_get(to: Address, target: str, *, more: str = "") -> bytes:
+    """A GET head for a target that carries all it needs."""
+    return f"GET {target} HTTP/1.1\r\nHost: {to}\r\n{more}\r\n".encode("ascii")
+
+
+def presigned_get(to: Address, what: Object) -> bytes:
+    """A GET head with a presigned URL."""
+    return plain_get(to, presigned_target(to, what))
+
+
+def signed_put(to: Address, what: Object, length: int, payload_sha256: str = UNSIGNED) -> bytes:
+    """A PUT head with an Authorization header; payload_sha256: hex, or UNSIGNED-PAYLOAD."""
+    request = AWSRequest("PUT", f"http://{to}{what.path}", headers={"X-Amz-Content-SHA256": payload_sha256})
+    request.context["payload_signing_enabled"] = payload_sha256 != UNSIGNED
+    signer = _PresetPayload(_credentials(), "s3", REGION)
+    signer.add_auth(request)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    return f"PUT {what.path} HTTP/1.1\r\nHost: {to}\r\n{lines}Content-Length: {length}\r\n\r\n".encode("ascii")
+
+
+def sha256_hex(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+class _PresetPayload(S3SigV4Auth):  # type: ignore[misc]
+    """The signer with the payload's hash already in its header (bodies are sent by the client, not by botocore)."""
+
+    def payload(self, request: AWSRequest) -> str:
+        return str(request.headers["X-Amz-Content-SHA256"])
+
+    def _modify_request_before_signing(self, request: AWSRequest) -> None:
+        preset = request.headers["X-Amz-Content-SHA256"]
+        super()._modify_request_before_signing(request)
+        del request.headers["X-Amz-Content-SHA256"]
+        request.headers["X-Amz-Content-SHA256"] = preset

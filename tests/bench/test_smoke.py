@@ -1,0 +1,39 @@
+"""Every figure runs from end to end, on little; its numbers mean nothing here.
+
+A whole node is started for each, so these belong to the slow tests.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the figures read /proc")]
+
+
+@pytest.mark.parametrize("name", ["cold_get", "put", "small_files", "memory", "hot_get"])
+def test_quick(name: str, tmp_path: Path) -> None:
+    if name == "hot_get" and not (
+        shutil.which("wrk") and shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    ):
+        pytest.skip("wrk or nginx is not installed")
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench", name, "--json", "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin", "KOS_BENCH_RESULTS": str(tmp_path)},
+    )
+    assert ran.returncode == 0, ran.stderr
+    line = json.loads(ran.stdout)
+    assert (line["figure"], line["quick"]) == (name, True)
+    assert line["values"]
+    assert line["ratios"]
+    assert (tmp_path / f"{name}.jsonl").read_text() == ran.stdout
