@@ -9,7 +9,7 @@ from kos import config
 from kos.errors import ConfigError
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from koscli import admin_client
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("object", type=object_of, metavar="s3://BUCKET/KEY")
     admin_client.add_options(parser)
 

@@ -1,7 +1,7 @@
 """The `kos` command.
 
 Owns: which commands there are and how they are found. Does not own: what they do: one module each, with
-`configure(parser)` and `run(arguments) -> exit code`, imported only when its command is given, so that `kos explain`
+`add_arguments(parser)` and `run(arguments) -> exit code`, imported only when its command is given, so that `kos explain`
 does not wait for a server's imports.
 
 Invariant: exit codes are 0 (done), 1 (could not), 2 (asked wrongly: arguments or configuration).
@@ -22,18 +22,21 @@ from kos.errors import KosError
 #: command -> (module, what it does)
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "up": ("koscli.up", "run a node in the foreground: the cache daemon and the proxy workers"),
-    "demo": ("koscli.demo", "start an origin and a node with temporary directories and show what kos does"),
+    "demo": ("koscli.demo.command", "start an origin and a node with temporary directories and show what kos does"),
     "check-config": ("koscli.check_config", "check a configuration file; exit 0 if it is good, 2 if not"),
     "explain": ("koscli.explain", "what a node knows of an object, and what the next GET would do"),
     "status": ("koscli.status", "the parts of a node, and whether it is ready"),
     "version": ("koscli.version", "print the version"),
 }
 
+#: commands that need more than kos itself -> the extra that brings it
+EXTRAS: Final = {"demo": "demo"}
+
 
 class Command(Protocol):
     """What a command's module offers."""
 
-    def configure(self, parser: argparse.ArgumentParser) -> None: ...
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
 
     def run(self, arguments: argparse.Namespace) -> int: ...
 
@@ -51,9 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     arguments = parser.parse_args(words[:1])
     module, text = COMMANDS[arguments.command]
-    command: Command = importlib.import_module(module)
+    try:
+        command: Command = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(arguments.command)
+        if extra is None or (error.name or "").split(".")[0] in ("kos", "koscli", "koscache", "kosproxy"):
+            raise
+        print(f"kos {arguments.command} needs {error.name}: pip install 'kos[{extra}]'", file=sys.stderr)
+        return 1
     own = argparse.ArgumentParser(prog=f"kos {arguments.command}", description=f"{text[0].upper()}{text[1:]}.")
-    command.configure(own)
+    command.add_arguments(own)
     try:
         return command.run(own.parse_args(words[1:]))
     except KosError as error:

@@ -10,7 +10,7 @@ from kos.node.admin import Explain
 from kos.node.role import Role, run_role
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="the node's configuration, as configs/kos.yaml")
 
 
