@@ -68,8 +68,8 @@ _COMMON: Final = (
 )  # fmt: skip
 
 #: Names as sent -> lower case, checked once and never again: looking one up costs a tenth of checking it. Names of
-#: clients' own making are added up to the limit (limit x 64 characters); nothing is ever dropped, so a flood of strange
-#: names cannot make the common ones slow.
+#: clients' own making are added up to the limit (2 048 of at most 64 characters); requests with yet others go the slow
+#: way. Nothing is ever dropped, so a flood of strange names cannot make the common ones slow.
 _KNOWN_NAMES: Final[dict[str, str]] = {name: name.lower() for name in _COMMON} | {n.lower(): n.lower() for n in _COMMON}
 _KNOWN_NAMES_MAX: Final = 2048
 _KNOWN_NAME_LENGTH_MAX: Final = 64
@@ -96,15 +96,16 @@ def parse_head(head: bytes) -> RequestHead | None:
     if version != "HTTP/1.1" or (method != "GET" and method != "HEAD") or target[:1] != "/" or "#" in target:
         return None
     headers: Headers = {}
-    known = _KNOWN_NAMES
     del lines[0]
-    for line in lines:
-        raw_name, colon, value = line.partition(":")
-        name = known.get(raw_name) or _learn_name(raw_name)
-        if name is None or not colon or name in headers:
+    try:
+        for line in lines:
+            raw_name, value = line.split(":", 1)
+            headers[_KNOWN_NAMES[raw_name]] = value.strip()
+    except (KeyError, ValueError):
+        if not _learn_names(lines):
             return None
-        headers[name] = value.strip()
-    if not _NOT_HERE.isdisjoint(headers) or not headers.get("host"):
+        return parse_head(head)
+    if len(headers) != len(lines) or not _NOT_HERE.isdisjoint(headers) or not headers.get("host"):
         return None
     if headers.get("content-length", "0") != "0" or headers.get("connection", "keep-alive").lower() != "keep-alive":
         return None
@@ -112,11 +113,15 @@ def parse_head(head: bytes) -> RequestHead | None:
     return RequestHead(method, raw_path, raw_query, headers)
 
 
-def _learn_name(raw_name: str) -> str | None:
-    """The lower-case name if it is a token, else None."""
-    name = raw_name.lower()
-    if not name or not TOKEN.issuperset(name):
-        return None
-    if len(_KNOWN_NAMES) < _KNOWN_NAMES_MAX and len(name) <= _KNOWN_NAME_LENGTH_MAX:
-        _KNOWN_NAMES[raw_name] = name
-    return name
+def _learn_names(lines: list[str]) -> bool:
+    """Whether all lines begin with a token and a colon, and all of these names are known now."""
+    for line in lines:
+        raw_name, colon, _ = line.partition(":")
+        name = raw_name.lower()
+        if not colon or not name or not TOKEN.issuperset(name):
+            return False
+        if raw_name not in _KNOWN_NAMES:
+            if len(_KNOWN_NAMES) >= _KNOWN_NAMES_MAX or len(name) > _KNOWN_NAME_LENGTH_MAX:
+                return False
+            _KNOWN_NAMES[raw_name] = name
+    return True

@@ -44,8 +44,6 @@ _PATH_CACHE_COUNT: Final = 4096
 _PATH_CACHE_LENGTH_MAX: Final = 512
 _KEY_CACHE_COUNT: Final = 1024
 
-_HEX: Final = frozenset("0123456789abcdefABCDEF")
-
 #: Besides x-amz-*: what is signed towards an origin. The rest may be changed on the way by a well-meaning proxy.
 _SIGNED_TO_ORIGIN: Final = frozenset({"host", "content-type", "content-md5"})
 
@@ -235,7 +233,11 @@ def _sign(canonical: str, amz_date: str, scope: str, key: _SigningKey) -> str:
 
 
 def _hex_sha256(text: str) -> str:
-    if len(text) != 64 or not _HEX.issuperset(text):
+    try:
+        well_formed = len(text) == 64 and len(bytes.fromhex(text)) == 32
+    except ValueError:
+        well_formed = False
+    if not well_formed:
         raise S3Error(
             "InvalidArgument",
             "x-amz-content-sha256 must be UNSIGNED-PAYLOAD, STREAMING-UNSIGNED-PAYLOAD-TRAILER, "

@@ -32,8 +32,7 @@ headers_sent = st.dictionaries(
     st.sampled_from(["range", "accept-encoding", "content-type", "if-match", "x-amz-meta-a", "x-amz-checksum-mode"]),
     header_values,
 )
-# How clients write a path: properly encoded, or with everything left raw that a client could get away with.
-path_safe = st.sampled_from(["/~", "/~+$&,:;=@!'()*", "/"])
+unique_queries = queries.map(lambda pairs: list(dict(pairs).items()))  # botocore presigns a repeated name once
 
 
 class _FixedClock:
@@ -59,12 +58,12 @@ def encoded(pairs: list[tuple[str, str]]) -> str:
     return "&".join(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in pairs)
 
 
-@given(keys, queries, headers_sent, path_safe, st.sampled_from(["GET", "PUT", "DELETE"]))
-@example("a b/+é//../%2F~", [("prefix", "a+b c"), ("p", "a"), ("p-1", "b"), ("p", "")], {"range": "a  b"}, "/~", "GET")
+@given(keys, queries, headers_sent, st.sampled_from(["GET", "PUT", "DELETE"]))
+@example("a b/+é//../%2F~", [("prefix", "a+b c"), ("p", "a"), ("p-1", "b"), ("p", "")], {"range": "a  b"}, "GET")
 def test_what_botocore_signs_in_the_header(
-    key: str, query: list[tuple[str, str]], headers: dict[str, str], safe: str, method: str
+    key: str, query: list[tuple[str, str]], headers: dict[str, str], method: str
 ) -> None:
-    url = f"http://{HOST}/bucket/{quote(key, safe=safe)}?{encoded(query)}"
+    url = f"http://{HOST}/bucket/{quote(key, safe='/~')}?{encoded(query)}"
     request = AWSRequest(method, url, headers=headers | {"host": HOST})
     S3SigV4Auth(CREDENTIALS, "s3", REGION).add_auth(request)
     path, raw_query = split_url(url)
@@ -74,12 +73,12 @@ def test_what_botocore_signs_in_the_header(
     assert names.split_target(path, HOST, None) == ("bucket", key or None)
 
 
-@given(keys, queries, headers_sent, path_safe, st.integers(1, 604800))
-@example("a b/+é//../%2F~", [("response-content-type", "text/plain; charset=utf-8")], {"x-amz-meta-a": "1"}, "/~", 60)
+@given(keys, unique_queries, headers_sent, st.integers(1, 604800))
+@example("a b/+é//../%2F~", [("response-content-type", "text/plain; charset=utf-8")], {"x-amz-meta-a": "1"}, 60)
 def test_what_botocore_presigns(
-    key: str, query: list[tuple[str, str]], headers: dict[str, str], safe: str, expires_s: int
+    key: str, query: list[tuple[str, str]], headers: dict[str, str], expires_s: int
 ) -> None:
-    url = f"http://{HOST}/bucket/{quote(key, safe=safe)}?{encoded(query)}"
+    url = f"http://{HOST}/bucket/{quote(key, safe='/~')}?{encoded(query)}"
     request = AWSRequest("GET", url, headers=headers | {"host": HOST})
     S3SigV4QueryAuth(CREDENTIALS, "s3", REGION, expires=expires_s).add_auth(request)
     path, raw_query = split_url(request.url)
@@ -108,7 +107,7 @@ def test_signing_as_botocore_does(key: str, query: list[tuple[str, str]], header
         assert added["authorization"] == request.headers["Authorization"]
 
 
-@given(keys, queries, st.integers(1, 604800))
+@given(keys, unique_queries, st.integers(1, 604800))
 def test_presigning_as_botocore_does(key: str, query: list[tuple[str, str]], expires_s: int) -> None:
     path = f"/bucket/{names.encode_key(key)}"
     request = AWSRequest("GET", f"http://{HOST}{path}?{encoded(query)}", headers={"host": HOST})

@@ -1,0 +1,333 @@
+"""What a request asks for: method, target and a few headers to one S3 operation, and what the cache does with it.
+
+Owns: the table of S3's operations and which of them concern the cache. Does not own: signatures, permissions, bodies,
+or how an operation is carried out.
+
+The theory on one page. S3 tells operations apart by four things, looked at in this order:
+
+1. the target: the service ("/"), a bucket, or an object (a key is there);
+2. the method;
+3. the first query parameter that names a sub-resource (?acl, ?uploads, ?uploadId=...), in the order of the tables;
+4. x-amz-copy-source, which makes a copy of a PUT.
+
+Authentication parameters, response-* overrides, x-id (which SDKs add) and x-* parameters never name an operation.
+
+Then it is handled in one of three ways. READ: an object read that the cache may answer. WRITE: something that changes
+what reads of an object show, body or headers; the cache must forget the keys in `forgets` (those of DeleteObjects are
+in its body). FORWARD: the cache has no business with it; it is passed on as it is. A read that the cache must not
+answer (another version, a part, a customer's key, anything unknown) is FORWARD with a bypass_reason.
+
+Invariant: what is not understood is never answered from the cache, and whatever might change an object is a WRITE: an
+unknown parameter makes a read FORWARD, and an unknown change of an object a WRITE of its key.
+
+Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_Operations_Amazon_Simple_Storage_Service.html
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+from kos.errors import S3Error
+from kos.s3 import names
+from kos.s3.head import Headers, RequestHead
+from kos.s3.sigv4_claim import AUTH_PARAMETERS, CACHE_COUNT, CACHE_LENGTH_MAX, cut_signature
+
+
+class Op(enum.Enum):
+    """S3's operations by their API name. Sub-resources of a bucket are two: reading one and changing one."""
+
+    ListBuckets = enum.auto()
+    ListObjects = enum.auto()
+    ListObjectsV2 = enum.auto()
+    ListObjectVersions = enum.auto()
+    ListMultipartUploads = enum.auto()
+    GetBucketLocation = enum.auto()
+    CreateSession = enum.auto()
+    HeadBucket = enum.auto()
+    CreateBucket = enum.auto()
+    DeleteBucket = enum.auto()
+    DeleteObjects = enum.auto()
+    BucketSubresourceRead = enum.auto()
+    BucketSubresourceWrite = enum.auto()
+    GetObject = enum.auto()
+    HeadObject = enum.auto()
+    PutObject = enum.auto()
+    CopyObject = enum.auto()
+    DeleteObject = enum.auto()
+    RenameObject = enum.auto()
+    RestoreObject = enum.auto()
+    SelectObjectContent = enum.auto()
+    UpdateObjectEncryption = enum.auto()
+    CreateMultipartUpload = enum.auto()
+    UploadPart = enum.auto()
+    UploadPartCopy = enum.auto()
+    CompleteMultipartUpload = enum.auto()
+    AbortMultipartUpload = enum.auto()
+    ListParts = enum.auto()
+    GetObjectAcl = enum.auto()
+    PutObjectAcl = enum.auto()
+    GetObjectAttributes = enum.auto()
+    GetObjectLegalHold = enum.auto()
+    PutObjectLegalHold = enum.auto()
+    GetObjectRetention = enum.auto()
+    PutObjectRetention = enum.auto()
+    GetObjectTagging = enum.auto()
+    PutObjectTagging = enum.auto()
+    DeleteObjectTagging = enum.auto()
+    GetObjectTorrent = enum.auto()
+    Preflight = enum.auto()
+    Unknown = enum.auto()
+
+
+class Handling(enum.Enum):
+    """What the cache has to do with an operation."""
+
+    READ = "read"
+    WRITE = "write"
+    FORWARD = "forward"
+
+
+class Operation(NamedTuple):
+    """One request, understood.
+
+    params: the query, decoded, without authentication; of a repeated parameter the first. subresource: the parameter
+    that named the operation. forgets: keys of bucket that a WRITE changes. bypass_reason: why a read is not for the
+    cache.
+    """
+
+    op: Op
+    handling: Handling
+    bucket: str | None
+    key: str | None
+    params: Mapping[str, str]
+    subresource: str | None = None
+    forgets: tuple[str, ...] = ()
+    bypass_reason: str | None = None
+
+
+_READ, _WRITE, _FORWARD = Handling.READ, Handling.WRITE, Handling.FORWARD
+
+_Table = dict[str, tuple[tuple[str, Op, Handling], ...]]
+
+#: method -> (sub-resource, operation, handling): the first that is there counts. Tags, holds and restores are WRITEs
+#: because GetObject shows them in its headers (x-amz-tagging-count, x-amz-object-lock-*, x-amz-restore).
+_OBJECT: Final[_Table] = {
+    "GET": (
+        ("uploadId", Op.ListParts, _FORWARD),
+        ("acl", Op.GetObjectAcl, _FORWARD),
+        ("attributes", Op.GetObjectAttributes, _FORWARD),
+        ("legal-hold", Op.GetObjectLegalHold, _FORWARD),
+        ("retention", Op.GetObjectRetention, _FORWARD),
+        ("tagging", Op.GetObjectTagging, _FORWARD),
+        ("torrent", Op.GetObjectTorrent, _FORWARD),
+    ),
+    "HEAD": (),
+    "PUT": (
+        ("acl", Op.PutObjectAcl, _FORWARD),
+        ("encryption", Op.UpdateObjectEncryption, _WRITE),
+        ("legal-hold", Op.PutObjectLegalHold, _WRITE),
+        ("renameObject", Op.RenameObject, _WRITE),
+        ("retention", Op.PutObjectRetention, _WRITE),
+        ("tagging", Op.PutObjectTagging, _WRITE),
+    ),
+    "POST": (
+        ("uploads", Op.CreateMultipartUpload, _FORWARD),
+        ("uploadId", Op.CompleteMultipartUpload, _WRITE),
+        ("restore", Op.RestoreObject, _WRITE),
+        ("select", Op.SelectObjectContent, _FORWARD),
+    ),
+    "DELETE": (
+        ("uploadId", Op.AbortMultipartUpload, _FORWARD),
+        ("tagging", Op.DeleteObjectTagging, _WRITE),
+    ),
+}
+
+#: Every name that is an object's sub-resource for some method: with one of them, a method that does not know it is
+#: Unknown (S3 refuses it), never a plain PUT or DELETE.
+_OBJECT_NAMES: Final = frozenset(name for table in _OBJECT.values() for name, _, _ in table) | {"partNumber"}
+
+#: Sub-resources of a bucket that are operations of a name of their own.
+_BUCKET: Final[_Table] = {
+    "GET": (
+        ("list-type", Op.ListObjectsV2, _FORWARD),
+        ("versions", Op.ListObjectVersions, _FORWARD),
+        ("uploads", Op.ListMultipartUploads, _FORWARD),
+        ("location", Op.GetBucketLocation, _FORWARD),
+        ("session", Op.CreateSession, _FORWARD),
+    ),
+    "POST": (("delete", Op.DeleteObjects, _WRITE),),
+}
+
+#: Sub-resources of a bucket that are read by GET and changed by PUT, POST and DELETE, and touch no object.
+_BUCKET_SETTINGS: Final = (
+    "abac", "accelerate", "acl", "analytics", "cors", "encryption", "intelligent-tiering", "inventory", "lifecycle",
+    "logging", "metadataConfiguration", "metadataInventoryTable", "metadataJournalTable", "metadataTable", "metrics",
+    "notification", "object-lock", "ownershipControls", "policy", "policyStatus", "publicAccessBlock", "replication",
+    "requestPayment", "tagging", "versioning", "website",
+)  # fmt: skip
+
+_BUCKET_PLAIN: Final = {
+    "GET": Op.ListObjects,
+    "HEAD": Op.HeadBucket,
+    "PUT": Op.CreateBucket,
+    "DELETE": Op.DeleteBucket,
+}
+
+#: Parameters that a read may carry and still be answered by the cache.
+_READ_PARAMETERS: Final = frozenset(
+    {
+        "response-cache-control", "response-content-disposition", "response-content-encoding",
+        "response-content-language", "response-content-type", "response-expires",
+    }
+)  # fmt: skip
+
+#: Parameters and headers that make a read another's business, and why.
+_BYPASS_PARAMETERS: Final = {"versionId": "version_id", "partNumber": "part_number"}
+_BYPASS_HEADERS: Final = {
+    "x-amz-server-side-encryption-customer-algorithm": "sse_c",
+    "x-amz-server-side-encryption-customer-key": "sse_c",
+    "x-amz-server-side-encryption-customer-key-md5": "sse_c",
+    "x-amz-expected-bucket-owner": "expected_bucket_owner",
+    "x-amz-request-payer": "request_payer",
+}
+_BYPASS_HEADER_NAMES: Final = frozenset(_BYPASS_HEADERS)
+
+#: 4 096 targets of at most 512 characters: 4 MB at worst.
+_TARGET_CACHE_COUNT: Final = 4096
+_TARGET_CACHE_LENGTH_MAX: Final = 512
+
+
+class _Query(NamedTuple):
+    """A query's parameters, and why a read with them would not be the cache's."""
+
+    params: Mapping[str, str]
+    bypass_reason: str | None
+
+
+_NO_QUERY: Final = _Query(MappingProxyType({}), None)
+
+
+def parse(head: RequestHead, domain: str | None = None) -> Operation:
+    """The operation of a request. domain: of virtual-hosted style, None if only path style is spoken.
+
+    S3Error: InvalidURI, InvalidBucketName, KeyTooLongError; MethodNotAllowed; NotImplemented for browser form uploads,
+    whose key stands in the body, after the point where kos must know it.
+    """
+    method, raw_path, raw_query, headers = head
+    host = headers.get("host", "") if domain else ""
+    if len(raw_path) <= _TARGET_CACHE_LENGTH_MAX:
+        bucket, key = _known_target(raw_path, host, domain)
+    else:
+        bucket, key = names.split_target(raw_path, host, domain)
+    query = _query(raw_query) if raw_query else _NO_QUERY
+    if key is not None:
+        if method == "GET" or method == "HEAD":
+            return _object_read(method, bucket, key, query, headers)
+        return _object_change(method, bucket, key, query.params, headers)
+    if method == "OPTIONS":
+        return Operation(Op.Preflight, _FORWARD, bucket, None, query.params)
+    if bucket is not None:
+        return _bucket_operation(method, bucket, query.params)
+    if method != "GET":
+        raise S3Error("MethodNotAllowed", extra={"Method": method, "ResourceType": "SERVICE"})
+    return Operation(Op.ListBuckets, _FORWARD, None, None, query.params)
+
+
+def _object_read(method: str, bucket: str | None, key: str, query: _Query, headers: Headers) -> Operation:
+    params, bypass_reason = query
+    if params:
+        for name, op, handling in _OBJECT[method]:
+            if name in params:
+                return Operation(op, handling, bucket, key, params, name)
+    if not _BYPASS_HEADER_NAMES.isdisjoint(headers):
+        bypass_reason = bypass_reason or next(_BYPASS_HEADERS[name] for name in headers if name in _BYPASS_HEADERS)
+    op = Op.GetObject if method == "GET" else Op.HeadObject
+    return Operation(op, _FORWARD if bypass_reason else _READ, bucket, key, params, None, (), bypass_reason)
+
+
+def _object_change(method: str, bucket: str | None, key: str, params: Mapping[str, str], headers: Headers) -> Operation:
+    if method == "OPTIONS":
+        return Operation(Op.Preflight, _FORWARD, bucket, key, params)
+    table = _OBJECT.get(method)
+    if table is None:
+        raise S3Error("MethodNotAllowed", extra={"Method": method, "ResourceType": "OBJECT"})
+    copies = "x-amz-copy-source" in headers
+    if method == "PUT" and "uploadId" in params and "partNumber" in params:
+        return Operation(Op.UploadPartCopy if copies else Op.UploadPart, _FORWARD, bucket, key, params, "uploadId")
+    for name, op, handling in table:
+        if name in params:
+            forgets: tuple[str, ...] = (key,) if handling is _WRITE else ()
+            if op is Op.RenameObject:
+                forgets += _rename_sources(bucket, headers.get("x-amz-rename-source", ""))
+            return Operation(op, handling, bucket, key, params, name, forgets)
+    plain = Op.Unknown
+    if not (params.keys() & _OBJECT_NAMES):
+        if method == "PUT":
+            plain = Op.CopyObject if copies else Op.PutObject
+        elif method == "DELETE":
+            plain = Op.DeleteObject
+    return Operation(plain, _WRITE, bucket, key, params, None, (key,))
+
+
+def _rename_sources(bucket: str | None, header: str) -> tuple[str, ...]:
+    """The key that RenameObject takes away. The header may name the bucket or not; forgetting both readings is safe."""
+    source = names.query_decode(header).lstrip("/")
+    prefix = f"{bucket}/"
+    return tuple(text for text in {source, source.removeprefix(prefix)} if text)
+
+
+def _bucket_operation(method: str, bucket: str, params: Mapping[str, str]) -> Operation:
+    for name, op, handling in _BUCKET.get(method, ()):
+        if name in params:
+            return Operation(op, handling, bucket, None, params, name)
+    for name in _BUCKET_SETTINGS:
+        if name in params:
+            op = Op.BucketSubresourceRead if method in ("GET", "HEAD") else Op.BucketSubresourceWrite
+            return Operation(op, _FORWARD, bucket, None, params, name)
+    if method == "POST":
+        raise S3Error("NotImplemented", "Uploads by an HTML form are not supported; use PUT or a presigned URL.")
+    plain = _BUCKET_PLAIN.get(method)
+    if plain is None:
+        raise S3Error("MethodNotAllowed", extra={"Method": method, "ResourceType": "BUCKET"})
+    return Operation(plain, _FORWARD, bucket, None, params)
+
+
+def _query(raw_query: str) -> _Query:
+    # The signature is no part of the operation, and without it the same query comes again and again.
+    rest, _ = cut_signature(raw_query)
+    return _known_query(rest) if len(rest) <= CACHE_LENGTH_MAX else _parse_query(rest)
+
+
+def _parse_query(raw_query: str) -> _Query:
+    params: dict[str, str] = {}
+    bypass_reason = None
+    for name, value in names.parse_query(raw_query):
+        if name in AUTH_PARAMETERS:
+            continue
+        if name in params:
+            bypass_reason = bypass_reason or "repeated_parameter"
+            continue
+        params[name] = value
+        if name not in _READ_PARAMETERS:
+            bypass_reason = bypass_reason or _bypass_reason(name)
+    return _Query(MappingProxyType(params), bypass_reason)
+
+
+def _bypass_reason(name: str) -> str | None:
+    """Why a read with this parameter is not the cache's. SDKs put headers of a presigned request into its query."""
+    lower = name.lower()
+    if lower in _BYPASS_HEADERS:
+        return _BYPASS_HEADERS[lower]
+    if name in _BYPASS_PARAMETERS:
+        return _BYPASS_PARAMETERS[name]
+    if lower == "x-id" or lower == "x-amz-checksum-mode" or (lower.startswith("x-") and not lower.startswith("x-amz-")):
+        return None
+    return "unknown_parameter"
+
+
+_known_query = lru_cache(maxsize=CACHE_COUNT)(_parse_query)
+_known_target = lru_cache(maxsize=_TARGET_CACHE_COUNT)(names.split_target)

@@ -1,0 +1,171 @@
+"""The table of operations, as clients send them."""
+
+from __future__ import annotations
+
+import pytest
+
+from kos.errors import S3Error
+from kos.s3.head import RequestHead
+from kos.s3.operation import Handling, Op, Operation, parse
+
+
+def operation(line: str, *, domain: str | None = None, host: str = "127.0.0.1:9000", **headers: str) -> Operation:
+    method, _, target = line.partition(" ")
+    path, _, query = target.partition("?")
+    sent = {"host": host} | {name.replace("_", "-"): value for name, value in headers.items()}
+    return parse(RequestHead(method, path, query, sent), domain)
+
+
+TABLE = """
+GET /                                       ListBuckets             forward
+GET /?max-buckets=1                         ListBuckets             forward
+GET /bkt                                      ListObjects             forward
+GET /bkt/                                     ListObjects             forward
+GET /bkt/?delimiter=%2F                       ListObjects             forward
+GET /bkt?list-type=2&prefix=a                 ListObjectsV2           forward
+GET /bkt?versions                             ListObjectVersions      forward
+GET /bkt?uploads                              ListMultipartUploads    forward
+GET /bkt?location                             GetBucketLocation       forward
+GET /bkt?session                              CreateSession           forward
+GET /bkt?policy                               BucketSubresourceRead   forward
+GET /bkt?lifecycle                            BucketSubresourceRead   forward
+GET /bkt?analytics&id=1                       BucketSubresourceRead   forward
+HEAD /bkt                                     HeadBucket              forward
+PUT /bkt                                      CreateBucket            forward
+PUT /bkt?versioning                           BucketSubresourceWrite  forward
+PUT /bkt?object-lock                          BucketSubresourceWrite  forward
+POST /bkt?metadataTable                       BucketSubresourceWrite  forward
+DELETE /bkt?cors                              BucketSubresourceWrite  forward
+DELETE /bkt                                   DeleteBucket            forward
+POST /bkt?delete                              DeleteObjects           write
+OPTIONS /bkt                                  Preflight               forward
+GET /bkt/k                                    GetObject               read
+GET /bkt/k?x-id=GetObject                     GetObject               read
+GET /bkt/k?response-content-type=a%2Fb        GetObject               read
+GET /bkt/k?x-team=a                           GetObject               read
+GET /bkt/k?versionId=1                        GetObject               forward
+GET /bkt/k?partNumber=1                       GetObject               forward
+GET /bkt/k?uploadId=1                         ListParts               forward
+GET /bkt/k?acl                                GetObjectAcl            forward
+GET /bkt/k?attributes                         GetObjectAttributes     forward
+GET /bkt/k?legal-hold                         GetObjectLegalHold      forward
+GET /bkt/k?retention                          GetObjectRetention      forward
+GET /bkt/k?tagging                            GetObjectTagging        forward
+GET /bkt/k?torrent                            GetObjectTorrent        forward
+HEAD /bkt/k                                   HeadObject              read
+HEAD /bkt/k?partNumber=1                      HeadObject              forward
+HEAD /bkt/k?acl                               HeadObject              forward
+PUT /bkt/k                                    PutObject               write
+PUT /bkt/k?x-id=PutObject                     PutObject               write
+PUT /bkt/k?partNumber=1&uploadId=u            UploadPart              forward
+PUT /bkt/k?acl                                PutObjectAcl            forward
+PUT /bkt/k?encryption                         UpdateObjectEncryption  write
+PUT /bkt/k?legal-hold                         PutObjectLegalHold      write
+PUT /bkt/k?retention                          PutObjectRetention      write
+PUT /bkt/k?tagging                            PutObjectTagging        write
+PUT /bkt/k?renameObject                       RenameObject            write
+PUT /bkt/k?uploadId=u                         Unknown                 write
+PUT /bkt/k?torrent                            Unknown                 write
+POST /bkt/k?uploads                           CreateMultipartUpload   forward
+POST /bkt/k?uploadId=u                        CompleteMultipartUpload write
+POST /bkt/k?restore                           RestoreObject           write
+POST /bkt/k?select&select-type=2              SelectObjectContent     forward
+POST /bkt/k                                   Unknown                 write
+DELETE /bkt/k                                 DeleteObject            write
+DELETE /bkt/k?versionId=1                     DeleteObject            write
+DELETE /bkt/k?uploadId=u                      AbortMultipartUpload    forward
+DELETE /bkt/k?tagging                         DeleteObjectTagging     write
+DELETE /bkt/k?acl                             Unknown                 write
+OPTIONS /bkt/k                                Preflight               forward
+"""
+
+
+@pytest.mark.parametrize("row", TABLE.strip().splitlines())
+def test_table(row: str) -> None:
+    method, target, op, handling = row.split()
+    found = operation(f"{method} {target}")
+    assert (found.op, found.handling) == (Op[op], Handling(handling))
+    if found.key is not None:
+        assert found.forgets == (("k",) if handling == "write" else ())
+
+
+def test_every_operation_is_in_the_table() -> None:
+    assert {op.name for op in Op} - {row.split()[2] for row in TABLE.strip().splitlines()} == {
+        "CopyObject",
+        "UploadPartCopy",
+    }
+
+
+def test_copies() -> None:
+    assert operation("PUT /bkt/k", x_amz_copy_source="/s/k").op is Op.CopyObject
+    assert operation("PUT /bkt/k?partNumber=1&uploadId=u", x_amz_copy_source="/s/k").op is Op.UploadPartCopy
+    assert operation("PUT /bkt/k", x_amz_copy_source="/s/k").forgets == ("k",)
+
+
+@pytest.mark.parametrize("source", ["old%2Fname", "/old/name", "bkt/old/name", "/bkt/old%2Fname"])
+def test_rename_forgets_both_names(source: str) -> None:
+    assert {"new", "old/name"} <= set(operation("PUT /bkt/new?renameObject", x_amz_rename_source=source).forgets)
+
+
+@pytest.mark.parametrize(
+    ("query", "header", "reason"),
+    [
+        ("", "", None),
+        ("versionId=", "", "version_id"),
+        ("partNumber=2", "", "part_number"),
+        ("newthing", "", "unknown_parameter"),
+        ("x-amz-newthing=1", "", "unknown_parameter"),
+        ("X-Amz-Checksum-Mode=ENABLED", "", None),
+        ("X-Amz-Server-Side-Encryption-Customer-Key=1", "", "sse_c"),
+        ("response-expires=1&response-expires=2", "", "repeated_parameter"),
+        ("", "x-amz-server-side-encryption-customer-algorithm", "sse_c"),
+        ("", "x-amz-expected-bucket-owner", "expected_bucket_owner"),
+        ("", "x-amz-request-payer", "request_payer"),
+        ("", "range", None),
+        ("", "if-none-match", None),
+    ],
+)
+def test_reads_that_are_not_for_the_cache(query: str, header: str, reason: str | None) -> None:
+    for method in ("GET", "HEAD"):
+        found = operation(f"{method} /bkt/k?{query}", **({header: "1"} if header else {}))
+        assert found.bypass_reason == reason
+        assert found.handling is (Handling.FORWARD if reason else Handling.READ)
+
+
+def test_authentication_is_no_part_of_the_operation() -> None:
+    query = "X-Amz-Algorithm=a&X-Amz-Credential=c&X-Amz-Signature=s&response-expires=a+b%20c&X-Amz-Date=d"
+    found = operation(f"GET /bkt/k?{query}")
+    assert found.handling is Handling.READ and dict(found.params) == {"response-expires": "a+b c"}
+
+
+def test_parameters_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        operation("GET /bkt/k?acl").params["x"] = "y"  # type: ignore[index]
+
+
+def test_virtual_hosted_style() -> None:
+    found = operation("GET /k/l?acl", domain="s3.local", host="Bkt.s3.local:9000")
+    assert (found.bucket, found.key, found.op) == ("bkt", "k/l", Op.GetObjectAcl)
+    found = operation("GET /", domain="s3.local", host="bkt.s3.local")
+    assert (found.bucket, found.key, found.op) == ("bkt", None, Op.ListObjects)
+    found = operation("GET /bkt/k", domain="s3.local", host="s3.local:9000")
+    assert (found.bucket, found.key) == ("bkt", "k")
+    assert operation("GET /bkt/k", host="bkt.s3.local").bucket == "bkt"
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("POST /bkt", "NotImplemented"),
+        ("PATCH /bkt", "MethodNotAllowed"),
+        ("PATCH /bkt/k", "MethodNotAllowed"),
+        ("PUT /", "MethodNotAllowed"),
+        ("GET //k", "InvalidBucketName"),
+        ("GET /bkt%2Fk%", "InvalidURI"),
+        ("GET /bkt/" + "k" * 1025, "KeyTooLongError"),
+    ],
+)
+def test_refusals(line: str, code: str) -> None:
+    with pytest.raises(S3Error) as caught:
+        operation(line)
+    assert caught.value.code == code
