@@ -23,11 +23,12 @@ The order of a write:
     async with carrier.writing(bucket, keys): ... the origin request, until its answer is here ...
 """
 
+from koscache.carrier.body import Body
+from koscache.carrier.carrier import Carrier, CarrierStats
 from koscache.carrier.types import (
     BytesPiece,
     Changed,
     FilePiece,
-    Freshness,
     Opened,
     Peek,
     Phase,
@@ -35,10 +36,13 @@ from koscache.carrier.types import (
     Reason,
     Want,
 )
-from koscache.content import Record
+from koscache.content import Freshness, Record
 
 __all__ = [
+    "Body",
     "BytesPiece",
+    "Carrier",
+    "CarrierStats",
     "Changed",
     "FilePiece",
     "Freshness",

@@ -9,23 +9,14 @@ Invariant: a piece is bytes of exactly one version of the object, the version th
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kos.config import Rule
 from kos.errors import KosError
-from kos.rules import Rule
 from kos.s3.ranges import RangeSpec
-from koscache.content import Record
-
-
-class Freshness(enum.Enum):
-    """May a record be used without asking the origin?"""
-
-    FRESH = "fresh"
-    EXPIRED = "expired"  # the rule's time is over; may still be served as stale while the origin is down
-    FENCED = "fenced"  # the key was written since the record was validated: never served without asking
-    ABSENT = "absent"
+from koscache.carrier.ticket import Ticket
+from koscache.content import Freshness, Record
 
 
 class Phase(enum.StrEnum):
@@ -105,7 +96,8 @@ class Opened:
     """One version of one object, found and allowed to be used for this request.
 
     record: the version's metadata. phase, reason: for x-kos-cache. age_s: for Age; None when the origin was asked just
-    now. origin_requests: how many this open made. Call close() when done with it, whether or not a body was read.
+    now. origin_requests: how many this open made. stored: whether its blocks may come from and go to the store. ticket: an
+    origin answer that brings (part of) the body. Call close() when done with it, whether or not a body was read.
     """
 
     bucket: str
@@ -116,11 +108,10 @@ class Opened:
     age_s: float | None = None
     origin_requests: int = 0
     want: Want = Want()
-    ticket: object | None = None
-    on_close: Callable[[], None] | None = None
+    stored: bool = True
+    ticket: Ticket | None = None
 
     def close(self) -> None:
         """Gives back an origin answer that nobody reads. Cheap, idempotent, never blocks."""
-        on_close, self.on_close = self.on_close, None
-        if on_close is not None:
-            on_close()
+        if self.ticket is not None:
+            self.ticket.disown()

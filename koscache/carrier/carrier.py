@@ -1,0 +1,234 @@
+"""The carrier: what a worker does with the cache, in one place.
+
+Owns: the public calls, putting the parts together, reporting touches, letting go of evicted segments, fencing writes.
+Does not own: any of the parts' work (see the package's other modules), decisions of the node (the daemon).
+
+Invariant: nothing here waits for the daemon on the way of a hit, and no call waits for ever: a daemon that is away costs
+storing, not serving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from typing import Final
+
+from kos.clock import Clock
+from kos.config import Config
+from kos.rules import Rules
+from kos.tasks import Tasks, TasksClosed
+from koscache import ipc
+from koscache.carrier.blocks import Blocks
+from koscache.carrier.body import Body
+from koscache.carrier.context import BufferPool, Context, Origin
+from koscache.carrier.link import Link
+from koscache.carrier.open import Opener
+from koscache.carrier.types import FilePiece, Opened, Peek, Want
+from koscache.content import Record, judge
+from koscache.reader import Reader, SegmentGone
+
+#: Touches are told so often; more than so many blocks in between are not remembered (they are a hint, not a record).
+_TOUCH_EVERY_S: Final = 1.0
+_TOUCHES_MAX: Final = 8192
+#: An index that could not be opened is looked for again so often while a daemon is there.
+_REOPEN_EVERY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CarrierStats:
+    """For readyz and tests. fills: led by this worker. flights: opens on their way. asking: questions to the daemon."""
+
+    connected: bool
+    caching: bool
+    reason: str
+    fills: int
+    flights: int
+    asking: int
+
+
+class Carrier:
+    """One per worker; all calls on the worker's loop. The reader may be unopened; start() opens it.
+
+    config: of the node. origin: a started kos.origin.lane.OriginLane. tasks: owner of the fills and of the link.
+    """
+
+    def __init__(
+        self, config: Config, reader: Reader, origin: Origin, rules: Rules, clock: Clock, tasks: Tasks
+    ) -> None:
+        cache = config.cache
+        self._reader = reader
+        self._rules = rules
+        self._clock = clock
+        self._tasks = tasks
+        self._block_bytes = cache.block_bytes
+        self._link = Link(cache, clock, tasks, self)
+        # Two buffers for each connection that may bring a body: 64 x 2 x 256 KiB = 32 MiB at most, by default.
+        buffers = BufferPool(cache.fill_buffer_bytes, 2 * config.origin.connections)
+        threads = ThreadPoolExecutor(cache.write_threads, thread_name_prefix="fill")
+        self._context = Context(config, reader, origin, rules, clock, tasks, self._link, buffers, threads)
+        self._blocks = Blocks(self._context)
+        self._opener = Opener(self._context, self._blocks)
+        self._touches: dict[tuple[bytes, int], None] = {}
+        self._tokens = count(1)
+        self._indexed = False
+
+    async def start(self) -> None:
+        """Opens the index and looks for the daemon; neither needs to be there."""
+        self._indexed = self._reader.open()
+        if self._context.cache.enabled:
+            await self._link.start()
+        self._tasks.spawn(self._report(), "touches")
+
+    async def close(self) -> None:
+        """Ends the link. The owner of the tasks closes them (before or after), which gives up the fills in flight."""
+        await self._link.close()
+        self._context.threads.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def caching(self) -> bool:
+        """Whether what is read now gets stored."""
+        return self._link.caching
+
+    @property
+    def reason(self) -> str:
+        """Why not; empty when it does."""
+        if not self._context.cache.enabled:
+            return "cache.enabled is false"
+        return self._link.reason
+
+    def stats(self) -> CarrierStats:
+        return CarrierStats(
+            self._link.up, self.caching, self.reason, self._blocks.fills, self._opener.flights, self._link.waiting
+        )
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def peek(self, bucket: str, key: str) -> Peek:
+        """What the index says of the key now. No await; about 10 µs."""
+        reader = self._reader
+        rule = self._rules.match(bucket, key)
+        fence = reader.fence.value_of(bucket, key)
+        record = reader.record(bucket, key)
+        freshness, age_s = judge(record, fence, self._clock.now(), rule.freshness)
+        return Peek(record, freshness, age_s, rule)
+
+    def cached(self, record: Record, bucket: str, key: str, start: int, stop: int) -> list[FilePiece] | None:
+        """The slice [start, stop) of the version, if all its blocks are in the store and verified; else None.
+
+        Their descriptors are borrowed: give_back(pieces) when sent. Notes the touches. No await.
+        """
+        block = self._block_bytes
+        first, last = start // block, -(-stop // block)
+        locations = self._reader.locate_run(record.content, first, last)
+        if locations is None:
+            return None
+        pieces: list[FilePiece] = []
+        for number, location in enumerate(locations, first):
+            begin = number * block
+            at = max(start - begin, 0)
+            end = min(stop - begin, block)
+            fd = self._borrow(location.segment) if location.verified and end <= location.length else None
+            if fd is None:
+                self.give_back(pieces)
+                return None
+            pieces.append(FilePiece(fd, location.offset + at, end - at, location.segment))
+        for number in range(first, last):
+            self._touched(record.content, number)
+        return pieces
+
+    def give_back(self, pieces: Iterable[FilePiece]) -> None:
+        """The pieces of cached() are sent; their descriptors may be closed."""
+        for piece in pieces:
+            self._give_back(piece.segment)
+
+    async def open(self, bucket: str, key: str, want: Want) -> Opened:
+        """Finds out which version there is, asking the origin if the record does not do: once for all who ask at a time.
+
+        Raises S3Error ServiceUnavailable or SlowDown with Retry-After when the origin cannot be asked and nothing may be
+        served stale; OriginRefused when it answered with an error. Cancelling it never cancels the question.
+        """
+        return await self._opener.open(bucket, key, want)
+
+    def body(self, opened: Opened, start: int, stop: int) -> Body:
+        """The slice [start, stop) of what was opened. Close it, and then `opened`."""
+        return Body(self._context, self._blocks, opened, start, stop, self._touched, self._give_back)
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def writing(self, bucket: str, keys: Sequence[str]) -> AsyncIterator[None]:
+        """Around the origin request of a write, from before it until its answer is here.
+
+        Afterwards no record of these keys that was validated before counts, in any worker. When it is left by an exception
+        or cancellation the origin may still carry the write out, so the fence is passed once more when it must have ended.
+        """
+        fence = self._reader.fence
+        slots = sorted({fence.slot(bucket, key) for key in keys})
+        token = next(self._tokens)
+        for slot in slots:
+            fence.bump(slot)
+        self._link.tell(ipc.WriteBegin(token, slots))
+        ended = False
+        try:
+            yield
+            ended = True
+        finally:
+            for slot in slots:
+                fence.bump(slot)
+            if ended:
+                self._link.tell(ipc.WriteEnd(token))
+            else:
+                # Should this worker die before that, the daemon does it: it has not heard the end of the write.
+                with contextlib.suppress(TasksClosed):
+                    self._tasks.spawn(self._bump_later(token, slots), "fence")
+
+    async def _bump_later(self, token: int, slots: list[int]) -> None:
+        await self._clock.sleep(self._context.config.origin.request_timeout_s)
+        for slot in slots:
+            self._reader.fence.bump(slot)
+        self._link.tell(ipc.WriteEnd(token))
+
+    # --- segments and touches ---------------------------------------------------------------------------------------
+
+    def _borrow(self, segment: int) -> int | None:
+        try:
+            return self._reader.borrow(segment)
+        except SegmentGone:
+            return None
+
+    def _give_back(self, segment: int) -> None:
+        if self._reader.give_back(segment):
+            self._link.tell(ipc.Released(segment))
+
+    def _touched(self, content: bytes, number: int) -> None:
+        if len(self._touches) < _TOUCHES_MAX:
+            self._touches[content, number] = None
+
+    async def _report(self) -> None:
+        while True:
+            await self._clock.sleep(_TOUCH_EVERY_S)
+            if self._touches:
+                touches, self._touches = self._touches, {}
+                self._link.tell(ipc.Touches(list(touches)))
+            if not self._indexed and self._link.up:
+                self._indexed = self._reader.reopen()
+
+    # --- link.Receiver ----------------------------------------------------------------------------------------------
+
+    def link_up(self) -> None:
+        """A daemon is there, perhaps another one than before, perhaps with another index."""
+        self._indexed = self._reader.reopen()
+
+    def link_down(self) -> None:
+        self._blocks.link_down()
+
+    def pushed(self, message: ipc.Message) -> None:
+        if isinstance(message, ipc.Evicted):
+            for segment in message.segments:
+                if self._reader.drop(segment):
+                    self._link.tell(ipc.Released(segment))
+        else:
+            self._blocks.pushed(message)

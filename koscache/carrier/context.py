@@ -1,0 +1,115 @@
+"""What the parts of a carrier share.
+
+Owns: the bundle of ports (configuration, reader, origin, clock, tasks, link), the write threads and the fill buffers.
+Does not own: any decision.
+
+Invariant: one per worker; everything in it may be used from the loop's thread, the buffers' bytes from a write thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from kos.clock import Clock
+from kos.config import Cache, Config
+from kos.origin.response import OriginResponse
+from kos.rules import Rules
+from kos.tasks import Tasks
+from koscache.carrier.link import Link
+from koscache.content import Record
+from koscache.reader import Reader
+
+#: What the origin is asked to add to every answer.
+CHECKSUM_MODE = ("x-amz-checksum-mode", "ENABLED")
+
+
+class Origin(Protocol):
+    """The part of kos.origin.lane.OriginLane that the carrier uses."""
+
+    async def request(
+        self,
+        method: str,
+        bucket: str | None,
+        key: str | None,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        retry: bool = False,
+    ) -> OriginResponse: ...
+
+
+class BufferPool:
+    """Buffers that bodies land in on their way to a file: at most buffers_max of buffer_bytes, reused.
+
+    A fill takes one to begin with and a second one when there is one; so whoever waits waits for a fill that can end.
+    """
+
+    def __init__(self, buffer_bytes: int, buffers_max: int) -> None:
+        self.buffer_bytes = buffer_bytes
+        self._left = buffers_max
+        self._free: list[bytearray] = []
+        self._waiting: deque[asyncio.Future[bytearray]] = deque()
+
+    def take_now(self) -> bytearray | None:
+        """A buffer if there is one and nobody waits for it."""
+        if self._waiting:
+            return None
+        if self._free:
+            return self._free.pop()
+        if self._left > 0:
+            self._left -= 1
+            return bytearray(self.buffer_bytes)
+        return None
+
+    async def take(self) -> bytearray:
+        buffer = self.take_now()
+        if buffer is not None:
+            return buffer
+        future: asyncio.Future[bytearray] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.give(future.result())
+            raise
+
+    def give(self, buffer: bytearray) -> None:
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(buffer)
+                return
+        self._free.append(buffer)
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    config: Config
+    reader: Reader
+    origin: Origin
+    rules: Rules
+    clock: Clock
+    tasks: Tasks
+    link: Link
+    buffers: BufferPool
+    threads: ThreadPoolExecutor
+
+    @property
+    def cache(self) -> Cache:
+        return self.config.cache
+
+    def forget(self, bucket: str, key: str, record: Record) -> None:
+        """The origin has another version than the record says: the next open asks it.
+
+        Only when nobody has done so since: many readers notice a change at once, and each further value of the slot would
+        make another origin request.
+        """
+        fence = self.reader.fence
+        slot = fence.slot(bucket, key)
+        if fence.value(slot) == record.fence:
+            fence.bump(slot)

@@ -1,0 +1,210 @@
+"""Leading a fill: origin to extent (or, small, to a message), with the watermark moving and the connection mended.
+
+Owns: one block of which this worker has the lease, from the grant to the commit's answer. Does not own: who gets leases
+(blocks, and the daemon), who reads behind (body).
+
+Invariant: a fill belongs to the worker, not to the request that caused it: no client's going away ends it. It ends with
+exactly one of: committed, or the daemon told why not, or the connection to the daemon lost (which says it all).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+from kos.errors import OriginBroken, OriginRefused, OriginUnavailable
+from kos.origin.response import OriginResponse
+from koscache import ipc
+from koscache.carrier.context import Context
+from koscache.carrier.fetch import OnRequest, fetch
+from koscache.carrier.follow import Growing
+from koscache.carrier.sink import FileSink
+from koscache.carrier.types import Changed
+from koscache.content import Extent, Record, body_checksum
+from koscache.ipc import BlockOutcome, Refusal
+from koscache.leases import NO_LEASE
+
+_log = logging.getLogger(__name__)
+
+#: Progress is told so often even when nobody follows, as a sign of life (the daemon's lease_timeout is longer).
+_SIGN_OF_LIFE_S = 1.0
+_PAUSE_MAX_S = 2.0
+
+
+class _Ended(Exception):
+    def __init__(self, outcome: BlockOutcome, reason: str) -> None:
+        self.outcome = outcome
+        self.reason = reason
+
+
+class Fill:
+    """start: of the block in the object. response: an answer whose body begins at `start`, or None to ask for one."""
+
+    def __init__(
+        self,
+        context: Context,
+        growing: Growing,
+        lease: int,
+        bucket: str,
+        key: str,
+        record: Record,
+        start: int,
+        response: OriginResponse | None,
+        on_request: OnRequest,
+    ) -> None:
+        self._context = context
+        self._growing = growing
+        self._bucket = bucket
+        self._key = key
+        self._record = record
+        self._start = start
+        self._response = response
+        self._on_request = on_request
+        self._told_at = context.clock.monotonic()
+        self.lease = lease
+        self.followed = False
+
+    async def run(self) -> None:
+        """Until committed or failed; never raises but for cancellation."""
+        growing = self._growing
+        try:
+            if growing.extent is None:
+                checksum = await self._receive_small()
+            else:
+                checksum = await self._receive(growing.extent)
+        except _Ended as ended:
+            self._fail(ended.outcome, ended.reason)
+            return
+        except BaseException:
+            self._fail(BlockOutcome.LEADER_GAVE_UP, "fill ended")
+            raise
+        if self.lease == NO_LEASE:
+            growing.end(BlockOutcome.LEADER_DIED)
+            return
+        lease, body = self.lease, growing.body
+        done = await self._context.link.answer(lambda ask: ipc.BlockDone(ask, lease, checksum, body))
+        stored = isinstance(done, ipc.Done) and done.ok
+        growing.end(BlockOutcome.COMMITTED if stored else BlockOutcome.DISK_FAILED)
+
+    def _fail(self, outcome: BlockOutcome, reason: str) -> None:
+        if outcome not in (BlockOutcome.CHANGED, BlockOutcome.REFUSED, BlockOutcome.LEADER_GAVE_UP):
+            _log.warning("fill failed: %s: %s", outcome.name, reason)
+        if self._response is not None:
+            self._response.close()
+        if self.lease != NO_LEASE:
+            self._context.link.tell(ipc.BlockFailed(self.lease, outcome, reason))
+        self._growing.end(outcome)
+
+    def follow(self) -> None:
+        """Somebody in another worker reads behind."""
+        self.followed = True
+        self._tell(self._growing.watermark)
+
+    def _moved(self, watermark: int) -> None:
+        self._growing.advance(watermark)
+        if self.lease != NO_LEASE:
+            now = self._context.clock.monotonic()
+            if self.followed or now - self._told_at >= _SIGN_OF_LIFE_S:
+                self._told_at = now
+                self._tell(watermark)
+
+    def _tell(self, watermark: int) -> None:
+        if self.lease != NO_LEASE:
+            self._context.link.tell(ipc.Progress(self.lease, watermark))
+
+    # --- receiving ------------------------------------------------------------------------------------------------
+
+    async def _receive_small(self) -> int:
+        length = self._growing.length
+
+        async def attempt() -> bytes:
+            response = await self._answer(0)
+            try:
+                body = await response.read(length)
+            finally:
+                response.close()
+            if len(body) != length:
+                raise OriginBroken(f"{len(body)} bytes instead of {length}")
+            return body
+
+        for attempt_number in range(self._context.config.origin.retries + 1):
+            try:
+                body = await attempt()
+            except (OriginBroken, OriginUnavailable, OriginRefused, Changed) as error:
+                await self._failed_attempt(error, attempt_number)
+            else:
+                self._growing.body = body
+                self._growing.advance(length)
+                return body_checksum(body)
+        raise AssertionError("the last attempt raises")
+
+    async def _receive(self, extent: Extent) -> int:
+        context, length = self._context, self._growing.length
+        try:
+            fd = await asyncio.get_running_loop().run_in_executor(context.threads, _open, extent.path)
+        except OSError as error:
+            raise _Ended(BlockOutcome.DISK_FAILED, f"{extent.path}: {error.strerror}") from error
+        sink = FileSink(context, fd, extent.offset, length, self._moved)
+        try:
+            await self._receive_into(sink)
+            return sink.checksum()
+        except OSError as error:
+            raise _Ended(BlockOutcome.DISK_FAILED, f"{extent.path}: {error.strerror or error}") from error
+        finally:
+            try:
+                await sink.rest()  # a thread may still write: never to a descriptor that has become another file's
+            finally:
+                sink.release()
+                os.close(fd)
+
+    async def _receive_into(self, sink: FileSink) -> None:
+        length = self._growing.length
+        for attempt_number in range(self._context.config.origin.retries + 1):
+            try:
+                response = await self._answer(sink.received_bytes)
+                try:
+                    await sink.attach(response.resume, response.close)
+                    await response.into(sink, length - sink.received_bytes)
+                finally:
+                    response.close()
+                if sink.received_bytes != length:
+                    raise OriginBroken(f"{sink.received_bytes} bytes instead of {length}")
+                await sink.flush()
+                return
+            except (OriginBroken, OriginUnavailable, OriginRefused, Changed) as error:
+                await sink.flush()  # raises OSError when it was the disk that broke it off
+                sink.release()
+                await self._failed_attempt(error, attempt_number)
+
+    async def _answer(self, position: int) -> OriginResponse:
+        """The answer that was brought along, or a new one from `position` of the block on."""
+        response, self._response = self._response, None
+        if response is not None:
+            return response
+        start, stop = self._start + position, self._start + self._growing.length
+        context = self._context
+        return await fetch(context, self._bucket, self._key, self._record, start, stop, self._on_request)
+
+    async def _failed_attempt(self, error: Exception, attempt_number: int) -> None:
+        """Waits and returns when another attempt makes sense, else raises _Ended."""
+        growing, origin = self._growing, self._context.config.origin
+        if isinstance(error, Changed):
+            self._context.forget(self._bucket, self._key, self._record)
+            raise _Ended(BlockOutcome.CHANGED, str(error)) from error
+        if isinstance(error, OriginRefused):
+            headers = tuple((n.encode("utf-8", "surrogateescape"), v.encode("utf-8", "surrogateescape"))
+                            for n, v in error.headers)  # fmt: skip
+            growing.refusal = Refusal(error.status, headers, error.body)
+            raise _Ended(BlockOutcome.REFUSED, str(error)) from error
+        if isinstance(error, OriginUnavailable):
+            growing.retry_after_s = error.retry_after_s
+        if attempt_number >= origin.retries:
+            raise _Ended(BlockOutcome.UNAVAILABLE, str(error)) from error
+        clock = self._context.clock
+        pause = min(origin.retry_base_s * 2**attempt_number, _PAUSE_MAX_S)
+        await clock.sleep(clock.jitter(pause / 2, pause))
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CLOEXEC)

@@ -1,0 +1,363 @@
+"""Finding out which version of an object there is: from the index, or by asking the origin once for all who want to know.
+
+Owns: flights (one question to the origin per bucket, key and fence value in this worker; the daemon makes it one per
+node), what a flight's result means for each who waited, stale_if_error. Does not own: which request is sent and how its
+answer is judged (first), the bytes (blocks, body).
+
+Invariant: nobody gets a record that was validated before it was allowed to be: a flight is joined only under the same
+fence value, and its record is used only if it is fresh by the rule at the time the reader came.
+
+    reader A: index: nothing ─▶ flight ─▶ daemon: you lead ─▶ GET ─▶ record ─▶ index
+    reader B (same worker):  ───▶ joins the flight ────────────────────▶ the same record, the block growing
+    reader C (other worker): ───▶ flight ─▶ daemon: wait ──────────────▶ OpenEnded(record)
+    a write: fence 7 ▶ 8.  reader D: flight of its own (fence 8): never A's answer, which may be older than the write.
+
+The request belongs to the worker: whoever started a flight may go away, the others get its result all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from kos.config import Rule
+from kos.errors import S3Error
+from kos.s3 import ranges
+from kos.tasks import TasksClosed
+from koscache import ipc
+from koscache.carrier.ask_origin import Answer, ask_origin
+from koscache.carrier.blocks import Blocks
+from koscache.carrier.context import Context
+from koscache.carrier.fetch import refused, service_unavailable
+from koscache.carrier.first import First, Kind, is_small, plan
+from koscache.carrier.ticket import Ticket
+from koscache.carrier.types import Opened, Phase, Reason, Want
+from koscache.content import Freshness, Record, block_count, body_checksum, judge
+from koscache.ipc import OpenOutcome, Refusal
+from koscache.leases import NO_LEASE
+
+#: How often an open looks again before it says "try later": a key that is written all the time fences every record.
+_ATTEMPTS = 8
+#: So many blocks are looked at to tell a hit from a miss in x-kos-cache.
+_LOOKED_AT_BLOCKS = 16
+_WHY = {
+    Freshness.ABSENT: Reason.COLD,
+    Freshness.EXPIRED: Reason.EXPIRED,
+    Freshness.FENCED: Reason.FENCED,
+    Freshness.FRESH: Reason.CHECKSUMS,
+}
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One question to the origin and all who wait for it. gone: it is in the table no more."""
+
+    bucket: str
+    key: str
+    fence: int
+    known: Record | None
+    want: Want
+    why: Reason
+    landed: asyncio.Future[Answer]
+    gone: asyncio.Future[None]
+    alone: bool = False
+    wanted: bool = True
+
+    def land(self, answer: Answer) -> None:
+        if not self.landed.done():
+            self.landed.set_result(answer)
+            if not self.wanted and answer.ticket is not None:
+                answer.ticket.disown()
+
+    def leave(self) -> None:
+        """Who started it went away: its answer's body is nobody's, but for a block's fill."""
+        self.wanted = False
+        if self.landed.done():
+            ticket = self.landed.result().ticket
+            if ticket is not None:
+                ticket.disown()
+
+
+class Opener:
+    def __init__(self, context: Context, blocks: Blocks) -> None:
+        self._context = context
+        self._blocks = blocks
+        self._flights: dict[tuple[str, str, int], _Flight] = {}
+
+    @property
+    def flights(self) -> int:
+        return len(self._flights)
+
+    async def open(self, bucket: str, key: str, want: Want) -> Opened:
+        """See Carrier.open."""
+        context = self._context
+        rule = context.rules.match(bucket, key)
+        arrived = context.clock.now()
+        requests = 0
+        for _ in range(_ATTEMPTS):
+            fence = context.reader.fence.value_of(bucket, key)
+            record = context.reader.record(bucket, key)
+            now = context.clock.now()
+            freshness, age_s = judge(record, fence, now, rule.freshness)
+            why = _WHY[freshness]
+            if record is not None and (
+                freshness is Freshness.FRESH
+                or (freshness is Freshness.EXPIRED and arrived <= record.validated_at <= now)
+            ):
+                if not _lacks_checksums(record, want):
+                    return self._found(bucket, key, want, record, age_s, requests)
+                why = Reason.CHECKSUMS
+            flight, mine = self._join(bucket, key, fence, record, want, why)
+            try:
+                answer = await asyncio.shield(flight.landed)
+            except asyncio.CancelledError:
+                if mine:
+                    flight.leave()
+                raise
+            if mine:
+                requests += answer.requests
+            stale = record if freshness is Freshness.EXPIRED else None
+            opened = await self._conclude(flight, mine, answer, rule, want, arrived, stale)
+            if opened is not None:
+                opened.origin_requests += requests
+                return opened
+            await asyncio.shield(flight.gone)  # else the next turn would join the same flight
+        raise S3Error("SlowDown", "The object changes faster than it can be read.", headers={"Retry-After": "1"})
+
+    # --- what is known ----------------------------------------------------------------------------------------------
+
+    def _found(self, bucket: str, key: str, want: Want, record: Record, age_s: float, requests: int) -> Opened:
+        opened = Opened(bucket, key, record, Phase.HIT, Reason.FRESH, age_s, requests, want)
+        if requests:
+            opened.phase, opened.reason, opened.age_s = Phase.REVALIDATED, Reason.CHECKSUMS, None
+        elif not want.head_only and not self._all_here(record, want):
+            opened.phase, opened.reason = Phase.MISS, Reason.BLOCK
+        return opened
+
+    def _all_here(self, record: Record, want: Want) -> bool:
+        start, stop = 0, record.size
+        if want.range is not None:
+            try:
+                start, stop = ranges.resolve(want.range, record.size)
+            except S3Error:
+                return True  # a 416 needs no bytes
+        block = self._context.cache.block_bytes
+        first = start // block
+        last = min(block_count(stop, block), first + _LOOKED_AT_BLOCKS)
+        return all(self._blocks.here(record, number) is not None for number in range(first, last))
+
+    def _join(
+        self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason
+    ) -> tuple[_Flight, bool]:
+        at = (bucket, key, fence)
+        flight = self._flights.get(at)
+        if flight is not None:
+            return flight, False
+        flight = self._new(bucket, key, fence, known, want, why)
+        self._flights[at] = flight
+        try:
+            self._context.tasks.spawn(self._fly(flight, at), "open")
+        except TasksClosed:
+            del self._flights[at]
+            raise S3Error("ServiceUnavailable", "Shutting down.", headers={"Retry-After": "1"}) from None
+        return flight, True
+
+    def _new(self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason) -> _Flight:
+        loop = asyncio.get_running_loop()
+        return _Flight(bucket, key, fence, known, want, why, loop.create_future(), loop.create_future())
+
+    # --- what it means to one reader --------------------------------------------------------------------------------
+
+    async def _conclude(
+        self, flight: _Flight, mine: bool, answer: Answer, rule: Rule, want: Want, arrived: float, stale: Record | None
+    ) -> Opened | None:
+        """What a flight's answer is to this reader; None: look again."""
+        record, outcome = answer.record, answer.outcome
+        if outcome is OpenOutcome.STORED and record is not None:
+            fresh = rule.freshness == math.inf or record.validated_at + rule.freshness >= arrived
+            if not (mine or fresh) or (_lacks_checksums(record, want) and (answer.renewed or not mine)):
+                return None
+            return self._opened(flight, mine, answer, record, want)
+        if outcome is OpenOutcome.NOT_STORED:
+            if mine and record is not None:
+                return await self._not_stored(flight, answer, record, want)
+            return await self._own(flight, want, answer.reason)
+        if outcome is OpenOutcome.REFUSED and answer.refusal is not None:
+            raise _relayed(answer.refusal, want)
+        if outcome is OpenOutcome.UNAVAILABLE:
+            return self._stale(flight, answer, rule, want, stale)
+        return None
+
+    def _opened(self, flight: _Flight, mine: bool, answer: Answer, record: Record, want: Want) -> Opened:
+        opened = Opened(flight.bucket, flight.key, record, Phase.MISS, flight.why, None, 0, want)
+        opened.ticket = answer.ticket if mine else None
+        if answer.renewed:
+            opened.phase = Phase.REVALIDATED
+        elif flight.alone:
+            opened.phase = Phase.BYPASS
+            opened.reason = Reason.CACHING_OFF if self._context.link.up else Reason.DAEMON_AWAY
+        elif flight.why is Reason.CHECKSUMS:
+            opened.phase = Phase.REVALIDATED
+        elif answer.reason:
+            opened.reason = Reason(answer.reason)
+        return opened
+
+    async def _not_stored(self, flight: _Flight, answer: Answer, record: Record, want: Want) -> Opened:
+        """The bytes of that very answer, if they are all of the body or the rest can be asked for by version."""
+        ticket = answer.ticket
+        if record.etag or want.head_only or (ticket is not None and _covers(ticket, record, want)):
+            reason = Reason(answer.reason)
+            return Opened(
+                flight.bucket, flight.key, record, Phase.BYPASS, reason, None, 0, want, stored=False, ticket=ticket
+            )
+        if ticket is not None:
+            ticket.close()
+        return await self._own(flight, want, answer.reason)
+
+    async def _own(self, flight: _Flight, want: Want, reason: str) -> Opened:
+        """An answer for this reader alone: nothing of it may be shared."""
+        mine = self._new(flight.bucket, flight.key, flight.fence, None, want, Reason(reason))
+        mine.alone = True
+        answer = await self._ask(mine)
+        record = answer.record
+        if answer.outcome is OpenOutcome.REFUSED and answer.refusal is not None:
+            raise _relayed(answer.refusal, want)
+        if record is None:
+            raise service_unavailable(answer.reason, answer.retry_after_s)
+        return Opened(
+            flight.bucket, flight.key, record, Phase.BYPASS, Reason(reason), None, answer.requests, want,
+            stored=False, ticket=answer.ticket,
+        )  # fmt: skip
+
+    def _stale(self, flight: _Flight, answer: Answer, rule: Rule, want: Want, stale: Record | None) -> Opened:
+        bucket, key, context = flight.bucket, flight.key, self._context
+        if stale is not None and stale.fence == context.reader.fence.value_of(bucket, key):
+            age_s = context.clock.now() - stale.validated_at
+            if 0 <= age_s <= rule.freshness + rule.stale_if_error_s:
+                return Opened(bucket, key, stale, Phase.STALE, Reason.ORIGIN_DOWN, age_s, 0, want)
+        raise service_unavailable(answer.reason, answer.retry_after_s)
+
+    # --- the flight -------------------------------------------------------------------------------------------------
+
+    async def _fly(self, flight: _Flight, at: tuple[str, str, int]) -> None:
+        """One question for all who joined. They are told how it ended in every case, also when this task is cancelled."""
+        link = self._context.link
+        lease = NO_LEASE
+        try:
+            said: Any = None
+            if link.caching:
+                said = await link.answer(lambda ask: ipc.AskOpen(ask, flight.bucket, flight.key, flight.fence))
+            if isinstance(said, ipc.OpenEnded):
+                flight.land(Answer(said.outcome, said.reason, said.record, said.refusal, said.retry_after_s))
+                return
+            lease = said.lease if isinstance(said, ipc.OpenLead) else NO_LEASE
+            flight.alone = lease == NO_LEASE
+            answer = await self._ask(flight)
+            if flight.alone:
+                if answer.outcome is OpenOutcome.REFUSED and flight.known is not None:
+                    self._context.forget(flight.bucket, flight.key, flight.known)
+                flight.land(answer)
+                return
+            mine, lease = lease, NO_LEASE
+            await self._tell(flight, mine, answer)
+        finally:
+            if lease != NO_LEASE:
+                given_up = lease
+                link.ask(lambda ask: ipc.OpenDone(ask, given_up, OpenOutcome.LEADER_GAVE_UP), lambda _: None)
+            flight.land(Answer(OpenOutcome.LEADER_GAVE_UP))
+            del self._flights[at]
+            flight.gone.set_result(None)
+
+    async def _ask(self, flight: _Flight) -> Answer:
+        cache = self._context.cache
+        if flight.why is Reason.CHECKSUMS:
+            first = First("HEAD", Kind.HEAD)
+        else:
+            first = plan(
+                flight.want,
+                flight.known,
+                block_bytes=cache.block_bytes,
+                random_bytes=cache.random_read_bytes,
+                alone=flight.alone,
+            )
+        return await ask_origin(
+            self._context, flight.bucket, flight.key, flight.fence, flight.known, first, alone=flight.alone
+        )
+
+    async def _tell(self, flight: _Flight, lease: int, answer: Answer) -> None:
+        """Asks for the block that came along first, then tells the daemon and all who wait.
+
+        In this order, without a pause between: whoever hears of the record and asks for its block, here or in another
+        worker, finds the lease taken. Returns when the record is in the index: until then the flight answers for it.
+        """
+        record, block, body, ticket = answer.record, answer.block, answer.body, answer.ticket
+        checksum, held = 0, None
+        if record is not None and block is not None and body is not None:
+            checksum = body_checksum(body)
+            held = self._blocks.hold(record, block, body)
+        elif record is not None and block is not None:
+            self._blocks.ask(
+                flight.bucket, flight.key, record, block, touch=False, on_request=_uncounted, ticket=ticket
+            )
+        elif record is not None and ticket is not None and answer.outcome is OpenOutcome.STORED:
+            self._first_touch(record, ticket)
+        stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def reply(message: Any) -> None:
+            done = isinstance(message, ipc.Done) and message.ok
+            if record is not None and block is not None:
+                self._blocks.let_go(record, block, held, done)
+            if not stored.done():
+                stored.set_result(done)
+
+        self._context.link.ask(
+            lambda ask: ipc.OpenDone(
+                ask, lease, answer.outcome, answer.reason, record,
+                b"" if record is None else record.content, block or 0, checksum, body, answer.refusal,
+                answer.retry_after_s,
+            ),
+            reply,
+        )  # fmt: skip
+        flight.land(answer)
+        await stored
+
+    def _first_touch(self, record: Record, ticket: Ticket) -> None:
+        """A small range went through; the next one in these blocks fills them."""
+        block = self._context.cache.block_bytes
+        if is_small(_span_of(ticket), record.size, self._context.cache.random_read_bytes):
+            for number in {ticket.start // block, (ticket.stop - 1) // block}:
+                self._context.link.tell(ipc.FirstTouch(record.content, number))
+
+
+def _uncounted() -> None:
+    """A fill's further requests (its connection broke) are nobody's in particular."""
+
+
+def _span_of(ticket: Ticket) -> ranges.RangeSpec:
+    return ranges.RangeSpec(ticket.start, ticket.stop - 1)
+
+
+def _lacks_checksums(record: Record, want: Want) -> bool:
+    # A ranged answer carries none, so only a whole read needs them.
+    return want.checksum_mode and want.range is None and not record.checksums_known
+
+
+def _covers(ticket: Ticket, record: Record, want: Want) -> bool:
+    start, stop = 0, record.size
+    if want.range is not None:
+        try:
+            start, stop = ranges.resolve(want.range, record.size)
+        except S3Error:
+            return True  # a 416 needs no bytes
+    return ticket.start <= start and stop <= ticket.stop
+
+
+def _relayed(refusal: Refusal, want: Want) -> Exception:
+    """The origin's refusal for this reader. One that came without a document (to a HEAD) gets ours, for a GET."""
+    if not refusal.body and not want.head_only:
+        code = {403: "AccessDenied", 404: "NoSuchKey"}.get(refusal.status)
+        if code is not None:
+            return S3Error(code)
+    return refused(refusal)

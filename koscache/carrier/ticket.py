@@ -1,0 +1,52 @@
+"""The origin's answer that opened an object, on its way to whoever uses its body.
+
+Owns: that this answer is read by exactly one (a fill, or the client whose request it was) or closed. Does not own: the
+answer's content.
+
+Invariant: take() gives the answer out once; after close() nobody gets it and its connection is given back.
+
+    made ──▶ the client's ──take──▶ read as a body
+      └─offered─▶ a block was asked for: the daemon decides ──▶ lead: the fill takes it │ here, follow: closed
+                                                             └─▶ pass: the client's (closed, if the client is gone)
+"""
+
+from __future__ import annotations
+
+from kos.origin.response import OriginResponse
+
+
+class Ticket:
+    """start, stop: the slice of the object that the answer's body is."""
+
+    __slots__ = ("_response", "offered", "start", "stop", "unwanted")
+
+    def __init__(self, response: OriginResponse, start: int, stop: int) -> None:
+        self._response: OriginResponse | None = response
+        self.start = start
+        self.stop = stop
+        #: a block was asked for that this answer may fill: whether it is the client's is decided by the daemon's answer
+        self.offered = False
+        #: the client went away
+        self.unwanted = False
+
+    def take(self) -> OriginResponse | None:
+        """The answer, for the caller to read and close; None when another one has it or it is closed."""
+        response, self._response = self._response, None
+        return response
+
+    def disown(self) -> None:
+        """The client does not want it (any more); a fill may still take it."""
+        self.unwanted = True
+        if not self.offered:
+            self.close()
+
+    def settled(self, passed: bool) -> None:
+        """The daemon has decided about the block. passed: it is not to be filled."""
+        self.offered = False
+        if not passed or self.unwanted:
+            self.close()
+
+    def close(self) -> None:
+        if self._response is not None:
+            self._response.close()
+            self._response = None
