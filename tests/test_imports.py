@@ -28,8 +28,6 @@ ALLOWED = {
 }
 #: koscli imports these inside functions only
 LAZY = {"koscli": {"koscache", "kosproxy", "mirror"}}
-#: the entry point of the proxy alone puts a node together, as koscli does
-EXTRA = {"kosproxy.__main__": {"koscache.explain"}}
 
 #: libraries that kos.s3 may use: checksums in C, nothing that does I/O
 S3_LIBRARIES = {"awscrt", "xxhash"}
@@ -99,7 +97,7 @@ def allowed_for(module: str, lazy: bool) -> set[str] | None:
     owner = next((name for name in ALLOWED if within(module, {name})), None)
     if owner is None:
         return None
-    return ALLOWED[owner] | EXTRA.get(module, set()) | (LAZY.get(owner, set()) if lazy else set())
+    return ALLOWED[owner] | (LAZY.get(owner, set()) if lazy else set())
 
 
 def faults(imported: Import) -> Iterator[str]:

@@ -10,6 +10,7 @@ Invariant: whatever run_role prints on stdout is for a machine to read: the one 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -143,7 +144,7 @@ async def _run(config_path: str, settings: Config, role: Role, taken: _Ports, me
         children_of(config_path, settings, role, s3_address, metrics_dir),
         settings.supervisor,
         Clock(),
-        on_ready=lambda: print(ready, flush=True),
+        on_ready=lambda: _say(ready),
         on_exit=lambda name: forget_process(name, metrics_dir),
     )
     node = {"role": role.name, "version": kos.__version__, "region": settings.region, "pid": os.getpid()}
@@ -162,3 +163,9 @@ async def _run(config_path: str, settings: Config, role: Role, taken: _Ports, me
     if supervisor.failure:
         print(f"{config_path}: {supervisor.failure}", file=sys.stderr)
     return code
+
+
+def _say(line: str) -> None:
+    # Whoever started the node may have closed its end long ago; that is no reason to stop serving.
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
