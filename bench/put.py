@@ -75,8 +75,8 @@ def _boto3(body: bytes) -> _Put:
     """boto3 with its defaults; its own hashing counts on both sides."""
     import time
 
-    import boto3  # type: ignore[import-untyped]
-    from botocore.config import Config  # type: ignore[import-untyped]
+    import boto3
+    from botocore.config import Config
 
     clients: dict[Address, Any] = {}
 
