@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from unittest.mock import Mock
 
 import pytest
@@ -35,12 +34,10 @@ PIECES = [
     b",",
 ]
 
-loop = asyncio.new_event_loop()
-
 
 def server_head(raw: bytes) -> RequestHead | None:
     """What aiohttp's parser makes of a head; None if it refuses it or wants more."""
-    parser = HttpRequestParser(Mock(), loop, 2**16, max_line_size=2**16, max_field_size=2**16)
+    parser = HttpRequestParser(Mock(), Mock(), 2**16, max_line_size=2**16, max_field_size=2**16)
     try:
         messages, upgraded, rest = parser.feed_data(raw)
     except HttpProcessingError:
