@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -154,13 +153,13 @@ def _session(profile: str | None) -> Any:
 
 
 async def resolve_endpoint(region: str, profile: str | None = None) -> str:
-    """The S3 endpoint of a region: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, else AWS's own."""
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
-        if configured := os.environ.get(name):
-            return configured.rstrip("/")
+    """The S3 endpoint of a region, as AWS's own clients find it (environment, shared configuration, built-in rules)."""
+    return await asyncio.to_thread(lambda: asyncio.run(_resolve_endpoint(region, profile)))
 
-    def look_up() -> str:
-        resolver = _session(profile).get_component("endpoint_resolver")
-        return f"https://{resolver.construct_endpoint('s3', region)['hostname']}"
 
-    return await asyncio.to_thread(look_up)
+async def _resolve_endpoint(region: str, profile: str | None) -> str:
+    # The keys are never used: without any, making a client would look for them.
+    async with _session(profile).create_client(
+        "s3", region_name=region, aws_access_key_id="-", aws_secret_access_key="-"
+    ) as client:
+        return str(client.meta.endpoint_url).rstrip("/")

@@ -122,14 +122,17 @@ class Delivery:
         missing = self._length - self._delivered
         receiver = _Receiver(transport, connection.protocol, self._sink, missing, self._read_timeout_s)
         self._receiver = receiver
+        ended: _Ended | None = None
         try:
             await receiver.done
-        except _Ended as ended:
-            raise self._broken(str(ended)) from ended.__cause__
+        except _Ended as error:
+            ended = error
         finally:
             self._receiver = None
             self._delivered = self._length - receiver.remaining
             receiver.give_back()
+        if ended is not None:
+            raise self._broken(str(ended)) from ended.__cause__
         if _is_complete(self._response, self._length):
             _finish(self._response.content)
 
