@@ -132,8 +132,11 @@ def _compose(path: Path, text: bytes) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.decode("utf-8")[: error.position].count("\n") + 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: a character that is not allowed") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {str(error) or 'nested too deeply'}") from error
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply, or not one document") from error
 
 
 def _message(path: Path, reading: _Reading) -> str:
@@ -149,7 +152,8 @@ def _message(path: Path, reading: _Reading) -> str:
 def _dotted(place: Place) -> str:
     text = ""
     for step in place:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+        name = f"[{step}]" if isinstance(step, int) else step if step.isidentifier() else repr(step[:100])
+        text += f".{name}" if text and isinstance(step, str) else name
     return text or "(file)"
 
 

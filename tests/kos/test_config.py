@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kos import config
 from kos.errors import ConfigError
@@ -197,3 +199,19 @@ def test_ipv6_and_port_zero(tmp_path: Path) -> None:
     text = GOOD.replace("127.0.0.1:9000", "'[::1]:0'").replace("127.0.0.1:9001", "'[::1]:0'")
     loaded = config.load(write(tmp_path, text))
     assert config.split_address(loaded.listen.s3) == ("::1", 0)
+
+
+@given(st.data())
+def test_whatever_stands_in_a_file_it_is_good_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Any edit of a good file loads, or raises ConfigError with the file's name in every line; nothing else."""
+    start = data.draw(st.integers(0, len(GOOD)))
+    stop = data.draw(st.integers(start, min(len(GOOD), start + 30)))
+    junk = data.draw(st.one_of(st.text(max_size=8), st.text(alphabet="{}[]:,&*!|>?-'\"#%@ \n\t0aé", max_size=12)))
+    path = tmp_path_factory.getbasetemp() / "edited.yaml"
+    path.write_text(GOOD[:start] + junk + GOOD[stop:], encoding="utf-8", errors="surrogatepass")
+    try:
+        config.load(path, {})
+    except ConfigError as error:
+        assert all(line.startswith(f"{path}") for line in str(error).split("\n"))
