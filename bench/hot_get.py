@@ -1,7 +1,8 @@
 """Figure hot_get: signed GETs of cached objects, beside nginx serving the same bytes.
 
 Owns: server CPU per request and rate for 4 KiB, 64 KiB, 1 MiB and 64 MiB; kos with one worker and nginx with one worker
-on one core, wrk on the other, in turns. Every URL is presigned with a signature of its own. nginx gets the bare paths.
+on one core, wrk on the other, in turns. Every URL is presigned with a signature of its own; 4KiB_own_query: and with a
+query of its own. nginx gets the bare paths.
 
 Invariant: nothing is measured before every object is a verified hit; kos and nginx serve the same bytes.
 """
@@ -35,10 +36,12 @@ class Size:
     urls: int
     connections: int
     at_most: float | None
+    own_query: bool = False
 
 
 SIZES: Final = (
     Size("4KiB", 4 << 10, 512, 4096, 16, 2.5),
+    Size("4KiB_own_query", 4 << 10, 512, 4096, 16, None, own_query=True),
     Size("64KiB", 64 << 10, 256, 2048, 16, None),
     Size("1MiB", MIB, 32, 512, 8, 1.5),
     Size("64MiB", 64 * MIB, 4, 64, 4, 1.5),
@@ -93,7 +96,7 @@ def _warm(kos: Address, size: Size, files: Path) -> list[str]:
         file.write_bytes(b"".join(_cut(whole, begin, size.size)))
     for directory in (files, files / BUCKET, files / BUCKET / str(size.size)):
         directory.chmod(0o755)
-    return presigned_targets(kos, _objects(size), size.urls)
+    return presigned_targets(kos, _objects(size), size.urls, own_query=size.own_query)
 
 
 def _cut(whole: memoryview, begin: int, size: int) -> Iterator[memoryview]:

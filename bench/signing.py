@@ -51,10 +51,17 @@ def presigned_target(to: Address, what: Object, expires_s: int = _EXPIRES_MIN_S)
     return f"{url.path}?{url.query}"
 
 
-def presigned_targets(to: Address, objects: Iterable[Object], count: int) -> list[str]:
-    """`count` presigned targets over the objects in turn, each with its own expiry and so its own signature."""
+def presigned_targets(to: Address, objects: Iterable[Object], count: int, *, own_query: bool = False) -> list[str]:
+    """`count` presigned targets over the objects in turn, each with its own signature.
+
+    As from a client that signs as it goes, where all URLs of a second have date and expiry in common; with own_query
+    each has an expiry that no other has, the worst case for a server that remembers what it has decoded.
+    """
     every = list(objects)
-    return [presigned_target(to, every[i % len(every)], _EXPIRES_MIN_S + i) for i in range(count)]
+    return [
+        presigned_target(to, every[i % len(every)], _EXPIRES_MIN_S + (i if own_query else i // len(every)))
+        for i in range(count)
+    ]
 
 
 def plain_get(to: Address, target: str, *, more: str = "") -> bytes:
