@@ -1,49 +1,94 @@
-"""The block store as the daemon uses it (signatures first; bodies follow)."""
+"""The block store as the daemon uses it: the one writer of index and segments of a node.
+
+    reserve -> (a worker writes the body into the extent) -> commit | abandon        large blocks
+    put_small                                                                         small ones, body and all
+    put_record, drop_record                                                           what is known of objects
+    evict -> (workers close the segments) -> released                                 room
+    touched, pin, verify, scrub_step                                                  what stays, what is right
+
+Which of two records stays? Answers of the origin can reach the daemon in another order than they were given:
+
+    open A: fence 1, GET ......... answer (old) ........................ put_record(A)
+    write:             bump to 2, PUT, bump to 3
+    open B:                                    fence 3, GET, answer (new) .. put_record(B) before or after A
+
+The one whose fence is the slot's present value wins; among equals, the later validated_at. So B stays in both orders.
+
+Owns: the order of things on disk (body, header, index), the byte limit, reactions to a full index. Does not own: leases,
+messages, threads (daemon).
+
+Invariant: an entry is in the index only after its whole body and its header are in the file; everything that the index
+names is right even if the process dies at any instruction.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import Enum
-from typing import Protocol
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, TypeVar
 
 import msgspec
+from xxhash import xxh3_64
 
-from koscache.content import Commit, Extent, Location, Record, Refused, Small, StoreConfig
-from koscache.disk import Disk, StoreFailed
-from koscache.fence import Fence
+from kos.errors import ConfigError
+from koscache import index as ix
+from koscache.content import (
+    Commit,
+    Extent,
+    Location,
+    Record,
+    Refused,
+    Small,
+    StoreConfig,
+    block_length,
+    body_checksum,
+    object_hash,
+)
+from koscache.disk import Disk, OsDisk, StoreFailed, disk_errors
+from koscache.eviction import Pins, Touches
+from koscache.evictor import Evictor
+from koscache.fence import FENCE_BYTES, Fence, read_boot_id
+from koscache.index import IndexBroken, IndexFull
+from koscache.layout import LARGE_PAYLOAD_MAX, LARGE_ROW_MAX, PAGE, SEGMENT_BYTES_MAX, large_region_bytes
+from koscache.recovery import (
+    STARTS_FORGOTTEN_S,
+    Recovered,
+    Recovery,
+    RecoveryPolicy,
+    RecoveryReport,
+    Trust,
+    mark,
+)
+from koscache.scrub import Judged, Scrubber, ScrubReport
+from koscache.segments import Packed
+from koscache.space import Limits, Space
 
-__all__ = ["RecoveryReport", "ScrubReport", "Stats", "Store", "StoreFailed"]
+__all__ = ["RecoveryPolicy", "RecoveryReport", "ScrubReport", "Stats", "Store", "StoreFailed"]
+
+_T = TypeVar("_T")
+#: CURRENT, lock files, the socket, directories
+_ODDS_BYTES: Final = 256 << 10
+#: of the map: above, records without blocks and then segments go, because LMDB needs free pages even to delete
+_INDEX_SHARE: Final = 0.8
+_INDEX_TRIES: Final = 4
+_SWEEP_RECORDS: Final = 5000
+#: fewer, and two kinds of active segments, one being sealed and one spare have no place
+_SEGMENTS_MIN: Final = 4
+#: smaller ones are made if fewer would fit, so that an eviction never takes more than an eighth
+_SEGMENTS_WANTED: Final = 8
+_HOUSEKEEPING_S: Final = 60.0
+_SMALL_PAYLOAD_MAX: Final = 16 << 10
+_READ_PIECE: Final = 1 << 20
+_UNTIL: Final = struct.Struct("<d")
 
 
 class WallClock(Protocol):
+    """kos.clock.Clock has it; seconds."""
+
     def now(self) -> float: ...
     def monotonic(self) -> float: ...
-
-
-class RecoveryPolicy(Enum):
-    LENIENT = "lenient"
-    STRICT = "strict"
-
-
-class RecoveryReport(msgspec.Struct, frozen=True):
-    """What open() found. kept, dropped: blocks. index: "trusted" or "rebuilt" and reason why."""
-
-    index: str
-    reason: str
-    kept: int
-    dropped: int
-    segments: int
-    segments_dropped: int
-    seconds: float
-
-
-class ScrubReport(msgspec.Struct, frozen=True):
-    """One scrub step. bad: (content, number) of entries dropped because their checksum did not hold."""
-
-    bytes_read: int
-    entries: int
-    bad: tuple[tuple[bytes, int], ...]
-    round_finished: bool
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -64,17 +109,16 @@ class Stats(msgspec.Struct, frozen=True):
 
     @property
     def used_bytes(self) -> int:
+        """Files on the disk now."""
         return self.segment_bytes + self.evicted_unreleased_bytes + self.index_bytes + self.fence_bytes
 
 
 class Store:
     """All methods are synchronous, may block on the disk, and must be called from one thread at a time.
 
-    Every method may raise StoreFailed; then what was asked for did not happen and the store is still consistent.
+    Every method may raise StoreFailed; then what was asked for did not happen and the store is still consistent. After
+    StoreFailed, close() and open() again bring back what the disk has.
     """
-
-    recovery: RecoveryReport
-    fence: Fence
 
     @classmethod
     def open(
@@ -86,70 +130,487 @@ class Store:
         policy: RecoveryPolicy = RecoveryPolicy.LENIENT,
         boot_id: str | None = None,
     ) -> Store:
-        """Recovers what is in config.dir, or begins anew. One Store per directory (a lock file; StoreFailed if held)."""
-        raise NotImplementedError
+        """Recovers what is in config.dir, or begins anew.
+
+        One Store per directory: StoreFailed if another process has it. ConfigError if size_bytes is too small.
+        """
+        limits = _limits(config)
+        disk = disk or OsDisk()
+        boot_id = boot_id or read_boot_id()
+        began = clock.monotonic()
+        with disk_errors("opening the store"):
+            disk.make_dir(config.dir)
+        lock = _lock(config.dir)
+        try:
+            with disk_errors("opening the fence"):
+                fence = Fence.open(config.dir, boot_id)
+            try:
+                recovered = Recovery(config, disk, clock, boot_id, policy).run()
+            except BaseException:
+                fence.close()
+                raise
+            return cls(config, clock, disk, limits, lock, fence, recovered, began)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        clock: WallClock,
+        disk: Disk,
+        limits: Limits,
+        lock: int,
+        fence: Fence,
+        recovered: Recovered,
+        began: float,
+    ) -> None:
+        """Use open()."""
+        self.fence = fence
+        self._config = config
+        self._clock = clock
+        self._disk = disk
+        self._lock = lock
+        self._pointer = recovered.pointer
+        self._environment = recovered.environment
+        self._space = Space(
+            config.dir,
+            disk,
+            self._environment,
+            limits,
+            recovered.segments,
+            recovered.filling,
+            recovered.next_segment,
+        )
+        self._touches = Touches()
+        self._pins = Pins()
+        self._evictor = Evictor(disk, self._environment, self._space, self._touches, self._pins, config.small_bytes)
+        self._scrubber = Scrubber(disk, self._space, self.locate, self._judged)
+        self._spare_bytes = limits.segment * (2 if limits.budget >= 2 * _SEGMENTS_WANTED * limits.segment else 1)
+        self._goal_max = limits.budget // 2
+        self._opened_at = self._housekept_at = clock.monotonic()
+        self._bad_count = 0
+        self._closed = False
+        self._read_pins()
+        self._space.settle()
+        while self._space.lacks(0) and self._evictor.evict_one(clock.now()):  # the size was made smaller
+            continue
+        self.recovery = self._report(recovered, began)
+
+    def _report(self, recovered: Recovered, began: float) -> RecoveryReport:
+        index = "trusted" if recovered.trust.holds else "new" if recovered.trust is Trust.NO_INDEX else "rebuilt"
+        with self._environment.read() as txn:
+            kept = txn.stat(self._environment.blocks)["entries"]
+        return RecoveryReport(
+            index,
+            recovered.trust.value,
+            kept,
+            recovered.dropped,
+            len(recovered.segments),
+            recovered.segments_dropped,
+            self._clock.monotonic() - began,
+        )
+
+    # ---- large blocks
 
     def reserve(self, content: bytes, number: int, length: int) -> Extent | Refused:
-        """Space for one block of exactly or at most `length` bytes. Never evicts: on NO_SPACE call evict()."""
-        raise NotImplementedError
+        """Space for one block of at most `length` bytes. Never evicts: on NO_SPACE call evict()."""
+        return self._space.reserve(content, number, length)
 
     def commit(self, commits: Sequence[Commit]) -> list[bool]:
-        """Makes filled extents findable, in one transaction. False for an extent that this store did not hand out (an
-        earlier daemon did) or that was abandoned. Records inside go to disk only, not into the index."""
-        raise NotImplementedError
+        """Makes filled extents findable, in one transaction. Records inside go to disk only, not into the index.
+
+        False: not an extent that is out (an earlier daemon's, abandoned, committed already), or one that was reserved for
+        another block, or a length that cannot be. It is dead space then.
+        """
+        placed: list[tuple[bytes, Location]] = []
+        done: list[bool] = []
+        try:
+            for commit in commits:
+                fits = self._fits(commit)
+                done.append(fits)
+                if fits:
+                    payload = _payload(commit.bucket, commit.key, commit.record, LARGE_PAYLOAD_MAX)
+                    location = self._space.commit(commit.extent, commit.length, commit.checksum, payload)
+                    placed.append((ix.block_key(commit.content, commit.number), location))
+                else:
+                    self.abandon(commit.extent)
+            self._transact(lambda txn: self._put_blocks(txn, placed))
+        except BaseException:
+            for commit in commits[len(done) :]:
+                self.abandon(commit.extent)
+            raise
+        self._space.settle()
+        return done
+
+    def _fits(self, commit: Commit) -> bool:
+        segment = self._space.writing(commit.extent)
+        if segment is None:
+            return False
+        reserved = segment.outstanding[commit.extent.offset]
+        if (reserved.content, reserved.number) != (commit.content, commit.number):
+            return False
+        if not 0 < commit.length <= reserved.body_length:
+            return False
+        return commit.record is None or self._is_block_of(commit.record, commit)
+
+    def _is_block_of(self, record: Record, block: Commit | Small) -> bool:
+        """Whether a block has the length that it must have in that version of the object."""
+        length = block.length if isinstance(block, Commit) else len(block.body)
+        wanted = block_length(record.size, block.number, self._config.block_bytes)
+        return record.content == block.content and length == wanted
 
     def abandon(self, extent: Extent) -> None:
         """The fill failed: dead space until the segment is evicted. Unknown extents are ignored."""
-        raise NotImplementedError
+        segment = self._space.writing(extent)
+        if segment is not None:
+            segment.abandon(extent.offset)
+            self._space.settle()
+
+    # ---- small blocks
 
     def put_small(self, smalls: Sequence[Small]) -> list[bool]:
-        """Packs bodies, one write and one transaction, and puts their records. False where there was no space (the record
-        is put all the same)."""
-        raise NotImplementedError
+        """Packs bodies and puts their records, in one transaction.
+
+        False: no room for the body, or its checksum or length does not hold. A record whose body does not hold is not put
+        either; one whose body had no room is. The body of an empty object is "" and needs no room.
+        """
+        done = [self._holds(small) for small in smalls]
+        right = [small for small, holds in zip(smalls, done, strict=True) if holds]
+        packed = [
+            Packed(
+                small.content,
+                small.number,
+                small.checksum,
+                _payload(small.bucket, small.key, small.record, _SMALL_PAYLOAD_MAX),
+                small.body,
+            )
+            for small in right
+            if small.body
+        ]
+        locations = self._space.pack(packed) if packed else []
+        placed = [
+            (ix.block_key(block.content, block.number), location)
+            for block, location in zip(packed, locations, strict=False)
+        ]
+
+        def put(txn: ix.Transaction) -> None:
+            self._put_blocks(txn, placed)
+            for small in right:
+                if small.record is not None:
+                    self._put_record(txn, small.bucket, small.key, small.record)
+
+        self._transact(put)
+        unplaced = {(block.content, block.number) for block in packed[len(locations) :]}
+        return [
+            holds and (small.content, small.number) not in unplaced for small, holds in zip(smalls, done, strict=True)
+        ]
+
+    def _holds(self, small: Small) -> bool:
+        if len(small.body) > self._config.block_bytes:
+            return False
+        if small.body and body_checksum(small.body) != small.checksum:
+            return False
+        return small.record is None or self._is_block_of(small.record, small)
+
+    # ---- records
 
     def put_record(self, bucket: str, key: str, record: Record) -> bool:
-        """Keeps the record unless the index has one that is newer (see recovery of races in the module's docstring)."""
-        raise NotImplementedError
+        """Keeps the record; False if the index has one that is newer (see above), which stays."""
+        return self._transact(lambda txn: self._put_record(txn, bucket, key, record))
 
-    def drop_record(self, bucket: str, key: str) -> None: ...
+    def drop_record(self, bucket: str, key: str) -> None:
+        """Forgets what is known of the object. Its blocks stay: they are right for their version for ever."""
+        hashed = object_hash(bucket, key)
+        self._transact(lambda txn: txn.delete(hashed, db=self._environment.objects))
 
     def record(self, bucket: str, key: str) -> Record | None:
-        raise NotImplementedError
+        with self._environment.read() as txn:
+            return self._get_record(txn, bucket, key)
+
+    def _get_record(self, txn: ix.Transaction, bucket: str, key: str) -> Record | None:
+        hashed = object_hash(bucket, key)
+        value = txn.get(hashed, db=self._environment.objects)
+        named = None if value is None else ix.decode_record(hashed, value)
+        return named.record if named is not None and (named.bucket, named.key) == (bucket, key) else None
+
+    def _put_record(self, txn: ix.Transaction, bucket: str, key: str, record: Record) -> bool:
+        present = self._get_record(txn, bucket, key)
+        if present is not None and self._is_newer(present, record, self.fence.value_of(bucket, key)):
+            return False
+        hashed = object_hash(bucket, key)
+        txn.put(hashed, ix.encode_record(hashed, bucket, key, record), db=self._environment.objects)
+        return True
+
+    def _is_newer(self, present: Record, record: Record, slot_value: int) -> bool:
+        if (present.fence == slot_value) != (record.fence == slot_value):
+            return present.fence == slot_value
+        # Validated in the future: the clock was set back since. Then it says nothing.
+        return record.validated_at < present.validated_at <= self._clock.now()
+
+    # ---- looking up
 
     def locate(self, content: bytes, number: int) -> Location | None:
-        raise NotImplementedError
+        key = ix.block_key(content, number)
+        with self._environment.read() as txn:
+            value = txn.get(key, db=self._environment.blocks)
+        location = None if value is None else ix.decode_location(key, value)
+        return location if location is not None and location.segment in self._space.live else None
 
-    def touched(self, blocks: Sequence[tuple[bytes, int]]) -> None:
-        """Blocks that were read; lossy by design. They move on instead of going when their segment is evicted."""
+    def _put_blocks(self, txn: ix.Transaction, placed: Sequence[tuple[bytes, Location]]) -> None:
+        for key, location in placed:
+            if location.segment not in self._space.live:
+                continue  # went already, when room was made for this very transaction
+            txn.put(key, ix.encode_location(key, location), db=self._environment.blocks)
+            self._touches.discard(key)
+        self._space.note_moved(txn)
+
+    def _transact(self, work: Callable[[ix.Transaction], _T]) -> _T:
+        """One write transaction; when the index is full, room is made in it and the work done again."""
+        self._make_index_room()
+        for attempt in range(_INDEX_TRIES):
+            try:
+                with self._environment.write() as txn:
+                    outcome = work(txn)
+                self._space.moved_noted()
+                return outcome
+            except IndexFull:
+                if attempt + 1 == _INDEX_TRIES or not self._shrink_index():
+                    raise
+            except IndexBroken:
+                self._distrust()
+                raise
+        raise AssertionError("unreachable")
+
+    def _distrust(self) -> None:
+        """The next open() builds the index anew."""
+        if self._pointer.trusted:
+            self._pointer = mark(self._disk, self._config.dir, self._pointer, trusted=False)
+
+    # ---- room
 
     def evict(self, need_bytes: int = 0) -> list[int]:
-        """Frees room for need_bytes, keeps a spare segment and min_free_bytes, and returns every segment that went since the
-        last call (also those that had to go inside other calls): broadcast them, then released(segment) for each when all
-        workers have closed it. Cheap when there is nothing to do: call it after every batch."""
-        raise NotImplementedError
+        """Frees room for need_bytes, keeps a spare segment and min_free_bytes, and does what else is due.
+
+        Returns every segment that went since the last call, also those that had to go inside other calls: broadcast them,
+        then call released(segment) for each when all workers have closed it. Cheap when there is nothing to do: call it
+        after every batch. Raises StoreFailed also for what failed in the background (a seal).
+        """
+        self._space.collect()
+        self._space.settle()
+        self._keep_house()
+        goal = min(max(need_bytes, self._spare_bytes), self._goal_max)
+        while self._space.lacks(goal):
+            if not self._evictor.evict_one(self._clock.now()):
+                break
+        self._make_index_room()
+        if self._space.failure is not None:
+            failure, self._space.failure = self._space.failure, None
+            raise failure
+        gone, self._evictor.gone = self._evictor.gone, []
+        return gone
 
     def released(self, segment: int) -> None:
         """No worker holds the evicted segment any more: its bytes are free."""
+        self._space.released(segment)
+
+    def _make_index_room(self) -> None:
+        for _ in range(_INDEX_TRIES):
+            if self._environment.used_bytes() <= self._environment.map_bytes * _INDEX_SHARE:
+                return
+            if not self._shrink_index():
+                return
+
+    def _shrink_index(self) -> bool:
+        """Drops records without blocks, and when there are hardly any, the oldest segment. False: nothing went."""
+        dropped = self._evictor.sweep_records(_SWEEP_RECORDS)
+        if dropped > _SWEEP_RECORDS // 10:
+            return True
+        return self._evictor.evict_one(self._clock.now()) or dropped > 0
+
+    def _keep_house(self) -> None:
+        now = self._clock.monotonic()
+        if now - self._housekept_at < _HOUSEKEEPING_S:
+            return
+        self._housekept_at = now
+        self._environment.env.reader_check()  # readers that were killed pin pages
+        over = self._pins.expire(self._clock.now())
+        if over:
+            self._transact(lambda txn: [self._forget_pin(txn, content) for content in over])
+        if self._pointer.starts and now - self._opened_at >= STARTS_FORGOTTEN_S:
+            self._pointer = mark(self._disk, self._config.dir, self._pointer, starts=0)
+
+    # ---- what stays
+
+    def touched(self, blocks: Sequence[tuple[bytes, int]]) -> None:
+        """Blocks that were read; lossy by design. They move on instead of going when their segment is evicted."""
+        for content, number in blocks:
+            self._touches.add(ix.block_key(content, number))
+
+    def pin(self, content: bytes, until: float) -> bool:
+        """Holds the blocks of a version until the epoch second `until`. False when too many versions are pinned."""
+        if not self._pins.add(content, until, self._clock.now()):
+            return False
+        self._transact(lambda txn: txn.put(ix.PIN_PREFIX + content, _UNTIL.pack(until), db=self._environment.meta))
+        return True
+
+    def unpin(self, content: bytes) -> None:
+        self._pins.discard(content)
+        self._transact(lambda txn: self._forget_pin(txn, content))
+
+    def _forget_pin(self, txn: ix.Transaction, content: bytes) -> bool:
+        return txn.delete(ix.PIN_PREFIX + content, db=self._environment.meta)
+
+    def _read_pins(self) -> None:
+        with self._environment.read() as txn, txn.cursor(self._environment.meta) as cursor:
+            more = cursor.set_range(ix.PIN_PREFIX)
+            while more and cursor.key().startswith(ix.PIN_PREFIX):
+                if len(cursor.value()) == _UNTIL.size:
+                    (until,) = _UNTIL.unpack(cursor.value())
+                    self._pins.add(cursor.key().removeprefix(ix.PIN_PREFIX), until, self._clock.now())
+                more = cursor.next()
+
+    # ---- what is right
 
     def verify(self, content: bytes, number: int) -> bool:
         """Reads a block and checks it; a good one becomes verified, a bad one is dropped. False: not there (any more)."""
-        raise NotImplementedError
+        location = self.locate(content, number)
+        if location is None:
+            return False
+        good = self._read_checksum(location) == location.checksum
+        self._judge(content, number, location, good=good)
+        return good
+
+    def _read_checksum(self, location: Location) -> int | None:
+        """None: cannot be read whole."""
+        try:
+            fd = self._space.open_segment(location.segment)
+        except StoreFailed:
+            return None
+        hashed = xxh3_64()
+        try:
+            for at in range(0, location.length, _READ_PIECE):
+                length = min(_READ_PIECE, location.length - at)
+                piece = self._disk.read(fd, length, location.offset + at)
+                if len(piece) != length:
+                    return None
+                hashed.update(piece)
+        except OSError:
+            return None
+        finally:
+            self._disk.close(fd)
+        return hashed.intdigest()
+
+    def _judged(self, judged: Judged) -> None:
+        self._judge(judged.region.content, judged.region.number, judged.location, good=judged.good)
+
+    def _judge(self, content: bytes, number: int, location: Location, *, good: bool) -> None:
+        if good and location.verified:
+            return
+        key = ix.block_key(content, number)
+        if good:
+            value = ix.encode_location(key, location._replace(verified=True))
+            self._transact(lambda txn: txn.put(key, value, db=self._environment.blocks))
+        else:
+            self._bad_count += 1
+            self._transact(lambda txn: txn.delete(key, db=self._environment.blocks))
 
     def scrub_step(self, budget_bytes: int) -> ScrubReport:
         """Checks the next budget_bytes of the store."""
-        raise NotImplementedError
-
-    def pin(self, content: bytes, until: float) -> bool:
-        """Holds the blocks of a version until the epoch second `until`. False when too many are pinned."""
-        raise NotImplementedError
-
-    def unpin(self, content: bytes) -> None: ...
+        return self._scrubber.step(budget_bytes)
 
     def probe(self) -> None:
-        """Tries whether the disk takes a write again; StoreFailed if not. For turning caching on again."""
+        """Tries whether disk and index take a write again; StoreFailed if not. For turning caching on again."""
+        path = os.path.join(self._config.dir, "probe")
+        with disk_errors("probing the disk"):
+            fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            try:
+                self._disk.write(fd, bytes(PAGE), 0)
+                self._disk.sync(fd)
+            finally:
+                self._disk.close(fd)
+                self._disk.unlink(path)
+        self._transact(lambda txn: txn.put(b"probe", b"", db=self._environment.meta))
 
     def stats(self) -> Stats:
-        raise NotImplementedError
+        environment = self._environment
+        with environment.read() as txn:
+            records = txn.stat(environment.objects)["entries"]
+            blocks = txn.stat(environment.blocks)["entries"]
+        with disk_errors("asking for the index' size"):
+            index_bytes = environment.file_bytes()
+        return Stats(
+            size_bytes=self._config.size_bytes,
+            segment_bytes=self._space.live_bytes,
+            evicted_unreleased_bytes=self._space.evicted_bytes,
+            index_bytes=index_bytes,
+            fence_bytes=FENCE_BYTES,
+            records=records,
+            blocks=blocks,
+            segments=len(self._space.live),
+            evicted_segments=self._evictor.segments_count,
+            evicted_blocks=self._evictor.blocks_count,
+            rescued_bytes=self._evictor.rescued_bytes,
+            bad_blocks=self._bad_count,
+        )
 
-    def close(self) -> None:
-        """Syncs and leaves the clean mark."""
+    def close(self, *, clean: bool = True) -> None:
+        """Syncs everything and leaves the clean mark; if the disk does not let it, there is none, and no exception.
+
+        clean=False: ends as a crash would, only that the process lives on.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._scrubber.close()
+        try:
+            self._space.close(clean=clean)
+            if clean:
+                with ix.index_errors():
+                    self._environment.env.sync(True)
+                if self._pointer.trusted:
+                    mark(self._disk, self._config.dir, self._pointer, clean=True, starts=0)
+        except StoreFailed:
+            clean = False  # the next open() judges by what it finds
+        finally:
+            self._environment.detach()
+            self.fence.close()
+            os.close(self._lock)
+
+
+def _limits(config: StoreConfig) -> Limits:
+    """Works out the segments' budget and size. Raises ConfigError with the arithmetic."""
+    budget = config.size_bytes - config.index_bytes - FENCE_BYTES - _ODDS_BYTES
+    least = large_region_bytes(config.block_bytes) + 2 * PAGE + LARGE_ROW_MAX
+    least = -(-least // PAGE) * PAGE
+    wanted = min(config.segment_bytes, budget // _SEGMENTS_WANTED, SEGMENT_BYTES_MAX - PAGE)
+    segment = max(wanted // PAGE * PAGE, least)
+    if budget < _SEGMENTS_MIN * segment:
+        needed = _SEGMENTS_MIN * least + config.index_bytes + FENCE_BYTES + _ODDS_BYTES
+        raise ConfigError(
+            f"cache.size is {config.size_bytes} bytes; with index_size {config.index_bytes} and block_size "
+            f"{config.block_bytes} it must be at least {needed}: {_SEGMENTS_MIN} segments of {least}, the index, and "
+            f"{FENCE_BYTES + _ODDS_BYTES} for the fence and odds"
+        )
+    return Limits(budget, segment, config.block_bytes, config.min_free_bytes)
+
+
+def _lock(cache_dir: str) -> int:
+    with disk_errors("opening the lock file"):
+        fd = os.open(os.path.join(cache_dir, "LOCK"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise StoreFailed(f"{cache_dir} is in use by another daemon") from error
+    return fd
+
+
+def _payload(bucket: str, key: str, record: Record | None, most: int) -> bytes:
+    """What an entry keeps of its object: enough to rebuild the record, as one that must be revalidated. A record that is
+    longer than `most` bytes is left out; after a loss of the index the origin is asked for it."""
+    if record is None:
+        return b""
+    hashed = object_hash(bucket, key)
+    payload = hashed + ix.encode_record(hashed, bucket, key, record.revalidated(0.0, 0))
+    return payload if len(payload) <= most else b""
