@@ -87,12 +87,12 @@ def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_asking_again_costs_less_than_a_microsecond() -> None:
     asked = rules(*(f"b/x{number}*" for number in range(50)), "*")
     asked.match("b", "zzz")
-    best = min(_seconds(asked) for _ in range(5))
+    best = min(_seconds(asked) for _ in range(20))
     assert best < 1e-6
 
 
 def _seconds(asked: Rules) -> float:
     started = time.process_time()
-    for _ in range(10_000):
+    for _ in range(2_000):
         asked.match("b", "zzz")
-    return (time.process_time() - started) / 10_000
+    return (time.process_time() - started) / 2_000
