@@ -12,16 +12,18 @@ A message with a field `ask` is a question, and the answer carries the same numb
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, cast
 
 import msgspec
 
 from koscache.content import Extent, Record
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("koscache.ipc")
 
 #: File name of the socket in cache.dir.
 SOCKET_NAME: Final = "daemon.sock"
@@ -112,7 +114,10 @@ class OpenDone(Message, frozen=True, tag=3):
 
 
 class AskBlock(Message, frozen=True, tag=4):
-    """Who fills this block? touch: a small random read, which does not fill a cold block at first."""
+    """Who fills this block? touch: a small random read, which does not fill a cold block at first.
+
+    record: goes onto the disk with the block, so that recovery finds it.
+    """
 
     ask: int
     bucket: str
@@ -121,6 +126,7 @@ class AskBlock(Message, frozen=True, tag=4):
     number: int
     length: int
     touch: bool = False
+    record: Record | None = None
 
 
 class Progress(Message, frozen=True, tag=5):
@@ -306,6 +312,27 @@ ToWorker = (
     | Evicted
 )
 
+#: sun_path holds 108 bytes with the final NUL
+_PATH_MAX_BYTES: Final = 107
+
+
+@contextlib.contextmanager
+def socket_address(cache_dir: str) -> Iterator[str]:
+    """The socket's address, for the time of a bind or connect.
+
+    A directory whose path is too long for a socket address is gone through by descriptor.
+    """
+    path = os.path.join(cache_dir, SOCKET_NAME)
+    if len(os.fsencode(path)) <= _PATH_MAX_BYTES:
+        yield path
+        return
+    fd = os.open(cache_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{SOCKET_NAME}"
+    finally:
+        os.close(fd)
+
+
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -370,6 +397,8 @@ class Connection(asyncio.Protocol):
         self._queue_bytes = queue_bytes
         self._transport: asyncio.Transport | None = None
         self._reason = "closed"
+        #: for the peer: whose connection this is
+        self.owner = 0
         self._closed = asyncio.get_running_loop().create_future()
 
     @property

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from koscache import ipc
-from koscache.content import Extent
+from koscache.content import Extent, Record
 from koscache.ipc import BlockOutcome, OpenOutcome, PassReason
 
 #: A lease number that is none.
@@ -87,6 +87,7 @@ class StoreBlock:
     extent: Extent | None
     checksum: int
     body: bytes | None
+    record: Record | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class _Block:
     ask: int
     active_at: float
     inline: bool
+    record: Record | None
     state: _State = _State.RESERVING
     extent: Extent | None = None
     watermark: int = 0
@@ -261,7 +263,7 @@ class Leases:
         inline = message.length <= self._small_bytes
         number = self._number()
         self._blocks[number] = _Block(
-            key, message.bucket, message.key, message.length, worker, message.ask, now, inline
+            key, message.bucket, message.key, message.length, worker, message.ask, now, inline, message.record
         )
         self._block_of[key] = number
         self.granted_bytes += message.length
@@ -318,7 +320,15 @@ class Leases:
         block.state, block.ask, block.active_at = _State.STORING, message.ask, now
         content, number = block.key
         store = StoreBlock(
-            message.lease, block.bucket, block.name, content, number, block.extent, message.checksum, message.body
+            message.lease,
+            block.bucket,
+            block.name,
+            content,
+            number,
+            block.extent,
+            message.checksum,
+            message.body,
+            block.record,
         )
         return [store]
 

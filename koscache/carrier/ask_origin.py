@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kos import metrics
 from kos.errors import OriginBroken, OriginUnavailable
 from kos.origin.response import OriginResponse
 from koscache.carrier.context import Context
@@ -139,6 +140,7 @@ async def _find_block(context: Context, first: First, answer: Answer) -> None:
             body = b""  # the record holds; whoever wants the bytes asks for them
         finally:
             response.close()
+        metrics.BYTE_COUNTS.add(("origin",), len(body))
         if len(body) == length:
             answer.body = body
         else:

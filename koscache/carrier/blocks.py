@@ -93,7 +93,9 @@ class Blocks:
                 future.set_result(source)
 
         content = record.content
-        self._context.link.ask(lambda ask: ipc.AskBlock(ask, bucket, key, content, number, length, touch), reply)
+        self._context.link.ask(
+            lambda ask: ipc.AskBlock(ask, bucket, key, content, number, length, touch, record), reply
+        )
         return future
 
     def _answered(

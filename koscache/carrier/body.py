@@ -124,7 +124,10 @@ class Body:
                 return self._through(response, ticket.start, min(ticket.stop, self._stop))
         number = self._position // self._block_bytes
         self._look_ahead(number)
-        source, self._must_pass = self._must_pass or await self._source(number), None
+        source: Location | Growing | PassReason | None = self._must_pass
+        self._must_pass = None
+        if source is None:
+            source = await self._source(number)
         if isinstance(source, Location):
             return self._from_store(number, source)
         if isinstance(source, Growing):

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 
+from kos import metrics
 from kos.errors import OriginBroken, OriginRefused, OriginUnavailable
 from kos.origin.response import OriginResponse
 from koscache import ipc
@@ -134,6 +135,7 @@ class Fill:
             except (OriginBroken, OriginUnavailable, OriginRefused, Changed) as error:
                 await self._failed_attempt(error, attempt_number)
             else:
+                metrics.BYTE_COUNTS.add(("origin",), length)
                 self._growing.body = body
                 self._growing.advance(length)
                 return body_checksum(body)

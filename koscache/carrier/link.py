@@ -41,7 +41,6 @@ class Link:
     """caching, reason: what the daemon said last about the store; False and why while there is no daemon."""
 
     def __init__(self, cache: Cache, clock: Clock, tasks: Tasks, receiver: Receiver) -> None:
-        self._path = os.path.join(cache.dir, ipc.SOCKET_NAME)
         self._cache = cache
         self._clock = clock
         self._tasks = tasks
@@ -140,16 +139,17 @@ class Link:
 
     async def _connect(self) -> bool:
         cache = self._cache
+        loop = asyncio.get_running_loop()
+
+        def connection() -> ipc.Connection:
+            return ipc.Connection(lambda: self, ipc.ToWorker, cache.ipc_message_bytes, cache.ipc_queue_bytes)
+
         try:
-            await asyncio.wait_for(
-                asyncio.get_running_loop().create_unix_connection(
-                    lambda: ipc.Connection(lambda: self, ipc.ToWorker, cache.ipc_message_bytes, cache.ipc_queue_bytes),
-                    self._path,
-                ),
-                cache.ipc_timeout_s,
-            )
+            with ipc.socket_address(cache.dir) as path:
+                async with asyncio.timeout(cache.ipc_timeout_s):
+                    await loop.create_unix_connection(connection, path)
         except (OSError, TimeoutError) as error:
-            _log.debug("no daemon at %s: %s", self._path, error)
+            _log.debug("no daemon in %s: %s", cache.dir, error)
             return False
         return True
 

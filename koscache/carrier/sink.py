@@ -17,6 +17,7 @@ from typing import Any
 
 from xxhash import xxh3_64
 
+from kos import metrics
 from koscache.carrier.context import BufferPool, Context
 
 #: A part of a buffer is written when the last write is so long ago: readers behind a slow origin do not wait for a full one.
@@ -122,6 +123,7 @@ class FileSink:
                 self._resume()  # whoever delivers into this sink must not wait for ever
             return
         self.written += count
+        metrics.BYTE_COUNTS.add(("origin",), count)
         if self._filling is None:
             self._fill_into(buffer)
         else:

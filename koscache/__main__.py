@@ -1,0 +1,25 @@
+"""`koscache --config FILE`: the daemon alone, without workers on the S3 port.
+
+Owns: the command line of this role. Does not own: processes (kos.node.supervisor), the daemon (koscache.daemon_main).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from kos.node.role import Role, run_role
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run in the foreground until told to stop; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="koscache", description="The cache daemon of a kos node, without its workers."
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the node's configuration, as configs/kos.yaml")
+    arguments = parser.parse_args(argv)
+    return run_role(arguments.config, Role(name="cache", daemon=(sys.executable, "-m", "koscache.daemon_main")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
