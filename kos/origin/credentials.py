@@ -147,7 +147,7 @@ async def _resolve_chain(profile: str | None) -> Found:
 
 
 def _session(profile: str | None) -> Any:
-    from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+    from aiobotocore.session import AioSession
 
     return AioSession(profile=profile)
 

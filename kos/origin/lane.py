@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterable, Iterable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,7 +36,7 @@ from kos.origin.observer import Metrics, Observer
 from kos.origin.response import OriginResponse
 from kos.origin.retry import Failure
 from kos.origin.sink import own_retries_only
-from kos.origin.upload import Patience, Piece, Upload
+from kos.origin.upload import Patience, Piece, Upload, in_pieces
 from kos.s3.names import encode_key, parse_query, uri_encode
 from kos.s3.sigv4 import UNSIGNED_PAYLOAD, canonical_query, sign_headers
 
@@ -54,17 +54,21 @@ _WAITING_PER_CONNECTION: Final = 16
 #: An error's body is read to keep its connection for the next attempt, if it is no longer than this.
 _DRAIN_BYTES: Final = 64 * 1024
 #: Ours to say, whatever the caller copied from its client.
-_OURS: Final = (
-    "host",
-    "connection",
-    "content-length",
-    "transfer-encoding",
-    "expect",
-    "authorization",
-    "x-amz-date",
-    "x-amz-content-sha256",
-    "x-amz-security-token",
+_OURS: Final = frozenset(
+    {
+        "host",
+        "connection",
+        "content-length",
+        "transfer-encoding",
+        "expect",
+        "authorization",
+        "x-amz-date",
+        "x-amz-content-sha256",
+        "x-amz-security-token",
+    }
 )
+#: Longer bodies are sent in pieces, so that their progress is seen and no timeout takes a slow link for a dead origin.
+_PIECE_BYTES: Final = 64 * 1024
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 Body = bytes | bytearray | memoryview | AsyncIterable[Piece] | None
@@ -81,12 +85,19 @@ class _Request:
     headers: CIMultiDict[str]
     answer_timeout_s: float
     deadline: float
-    body: Body = None
+    short_body: bytes | bytearray | memoryview | None = None
+    pieces: Callable[[], AsyncIterable[Piece]] | None = None
+    once: bool = False  # the pieces can be had once only
     content_length: int = 0
     payload_hash: str = UNSIGNED_PAYLOAD
     operation: str = ""
     repeatable: bool = False
     upload: Upload | None = None
+
+    @property
+    def spent(self) -> bool:
+        """Its body was begun and cannot be had again."""
+        return self.once and self.upload is not None and self.upload.started
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +132,7 @@ class OriginLane:
         self._waiting = 0
         self._session: aiohttp.ClientSession | None = None
         self._scheme = self._authority = self._base_path = ""
-        self._usual_timeouts = aiohttp.ClientTimeout(
-            total=None, sock_connect=origin.connect_timeout_s, sock_read=origin.read_timeout_s
-        )
+        self._timeouts = _timeouts(origin, origin.read_timeout_s)
 
     async def start(self) -> None:
         endpoint = self._origin.endpoint or await resolve_endpoint(self._origin.region, self._origin.profile)
@@ -186,20 +195,13 @@ class OriginLane:
         what the body's iterator raised. HTTP errors are answers; a 5xx is returned when the attempts are used up.
         """
         pending = self._prepare(method, bucket, key, query, headers)
-        pending.body = body
         pending.payload_hash = payload_hash
         pending.operation = operation or method
-        pending.repeatable = retry and retrying.may_repeat(method, frozenset(map(str.lower, pending.headers)))
+        pending.repeatable = retry and retrying.may_repeat(method, pending.headers.keys())
         if answer_timeout_s is not None:
             pending.answer_timeout_s = answer_timeout_s
-        if isinstance(body, AsyncIterable):
-            assert content_length is not None, "a body in pieces needs its length"
-            pending.headers["Content-Length"] = str(content_length)
-            pending.content_length = content_length
-            if content_length == 0:
-                # The head alone makes an empty object, so the iterator has to end well before it is sent.
-                await _expect_nothing(body)
-                pending.body = b""
+        if body is not None:
+            await self._prepare_body(pending, body, content_length)
         attempt = 0
         while True:
             attempt += 1
@@ -207,7 +209,7 @@ class OriginLane:
             decision = retrying.decide(
                 outcome.status if isinstance(outcome, OriginResponse) else outcome.failure,
                 attempt=attempt,
-                replayable=pending.repeatable and (pending.upload is None or not pending.upload.started),
+                replayable=pending.repeatable and not pending.spent,
                 policy=self._policy,
                 remaining_s=pending.deadline - self._clock.monotonic(),
                 jitter=self._clock.jitter,
@@ -226,7 +228,7 @@ class OriginLane:
     ) -> _Request:
         """The target, encoded once: what is signed and what is sent."""
         pairs = parse_query(query) if isinstance(query, str) else list(query)
-        wire_query = canonical_query(pairs)
+        wire_query = canonical_query(pairs) if pairs else ""
         host = self._authority
         path = self._base_path + "/"
         if bucket is not None:
@@ -236,9 +238,8 @@ class OriginLane:
                 path += uri_encode(bucket, False) + ("/" if key is not None else "")
         if key is not None:
             path += encode_key(key)
-        fields = CIMultiDict(headers)
-        for name in _OURS:
-            fields.popall(name, None)
+        given = headers.items() if isinstance(headers, Mapping) else headers
+        fields = CIMultiDict([(name, value) for name, value in given if name.lower() not in _OURS])
         fields["Host"] = host
         fields.setdefault("Accept-Encoding", "identity")
         fields.setdefault("User-Agent", _USER_AGENT)
@@ -252,6 +253,28 @@ class OriginLane:
             answer_timeout_s=self._origin.request_timeout_s if slow else self._origin.read_timeout_s,
             deadline=self._clock.monotonic() + self._origin.request_timeout_s,
         )
+
+    async def _prepare_body(self, pending: _Request, body: Body, content_length: int | None) -> None:
+        if isinstance(body, bytes | bytearray | memoryview):
+            length = len(body)
+            if length <= _PIECE_BYTES:
+                pending.short_body = body
+            else:
+                pending.pieces = lambda: in_pieces(body, _PIECE_BYTES)
+        elif body is not None:
+            assert content_length is not None, "a body in pieces needs its length"
+            length = content_length
+            if length == 0:
+                # The head alone makes an empty object, so the iterator has to end well before it is sent.
+                await _expect_nothing(body)
+                pending.short_body = b""
+            else:
+                pending.once = True
+                pending.pieces = lambda: body
+        else:
+            return
+        pending.content_length = length
+        pending.headers["Content-Length"] = str(length)
 
     def _retry_after_s(self, outcome: OriginResponse | _Failed) -> float | None:
         if isinstance(outcome, _Failed):
@@ -335,7 +358,6 @@ class OriginLane:
             self._waiting -= 1
 
     async def _send(self, pending: _Request, credentials: Credentials) -> aiohttp.ClientResponse:
-        assert self._session is not None, "start() first"
         headers = pending.headers.copy()
         signature = sign_headers(
             pending.method,
@@ -350,40 +372,41 @@ class OriginLane:
             payload_hash=pending.payload_hash,
         )
         headers.update(signature)
-        patience = Patience(
-            left_s=max(pending.deadline - self._clock.monotonic(), 0.0),
-            stall_s=self._origin.read_timeout_s,
-            answer_s=pending.answer_timeout_s,
+        left_s = max(pending.deadline - self._clock.monotonic(), 0.0)
+        if pending.pieces is not None:
+            return await self._send_pieces(pending, pending.pieces(), headers, left_s)
+        if left_s < self._origin.connect_timeout_s + pending.answer_timeout_s:
+            async with asyncio.timeout(left_s):
+                return await self._send_once(pending, pending.short_body, headers)
+        # Usually aiohttp's own timeouts end an attempt before the request's deadline could.
+        return await self._send_once(pending, pending.short_body, headers)
+
+    async def _send_once(
+        self, pending: _Request, data: bytes | bytearray | memoryview | Upload | None, headers: CIMultiDict[str]
+    ) -> aiohttp.ClientResponse:
+        assert self._session is not None, "start() first"
+        timeouts = self._timeouts
+        if pending.answer_timeout_s != timeouts.sock_read:
+            timeouts = _timeouts(self._origin, pending.answer_timeout_s)
+        return await self._session.request(
+            pending.method, pending.url, headers=headers, data=data, allow_redirects=False, timeout=timeouts
         )
-        data: bytes | bytearray | memoryview | Upload | None
-        if isinstance(pending.body, AsyncIterable):
-            data = pending.upload = Upload(pending.body, pending.content_length, patience.watch)
-        else:
-            data = pending.body
-        async with patience.timeout(self._origin.connect_timeout_s + pending.answer_timeout_s):
-            response = await self._session.request(
-                pending.method,
-                pending.url,
-                headers=headers,
-                data=data,
-                allow_redirects=False,
-                timeout=self._timeouts(pending),
-            )
+
+    async def _send_pieces(
+        self, pending: _Request, pieces: AsyncIterable[Piece], headers: CIMultiDict[str], left_s: float
+    ) -> aiohttp.ClientResponse:
+        patience = Patience(left_s=left_s, stall_s=self._origin.read_timeout_s, answer_s=pending.answer_timeout_s)
+        pending.upload = upload = Upload(pieces, pending.content_length, patience.watch)
+        async with patience.timeout():
+            response = await self._send_once(pending, upload, headers)
         patience.end()
-        if pending.upload is not None and not pending.upload.finished:
+        if not upload.finished:
             # Refused before the body was sent: no more of it is wanted, and this connection has no further use.
-            pending.upload.stop()
+            upload.stop()
             if response.status < 400:
                 response.close()
                 raise aiohttp.ClientPayloadError(f"status {response.status} before the body was sent")
         return response
-
-    def _timeouts(self, pending: _Request) -> aiohttp.ClientTimeout:
-        if pending.answer_timeout_s <= self._origin.read_timeout_s:
-            return self._usual_timeouts
-        return aiohttp.ClientTimeout(
-            total=None, sock_connect=self._origin.connect_timeout_s, sock_read=pending.answer_timeout_s
-        )
 
     def _body_broke(self, reason: str) -> None:
         self._observer.failed("body")
@@ -419,6 +442,12 @@ async def _expect_nothing(body: AsyncIterable[Piece]) -> None:
     async for piece in body:
         if len(piece):
             raise S3Error("IncompleteBody", "The body is longer than the 0 bytes announced.")
+
+
+def _timeouts(origin: Origin, read_s: float) -> aiohttp.ClientTimeout:
+    # connect takes in the look-up of the name; waiting for a place is over by then.
+    connect_s = origin.connect_timeout_s
+    return aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s, sock_read=read_s)
 
 
 def _tls(origin: Origin) -> ssl.SSLContext:

@@ -28,6 +28,7 @@ class Metrics:
     def __init__(self) -> None:
         self._requests: dict[tuple[str, int], Any] = {}
         self._seconds: dict[str, Any] = {}
+        self._state = State.CLOSED
         metrics.BREAKER_STATE.set(State.CLOSED.value)
 
     def answered(self, operation: str, status: int, seconds: float) -> None:
@@ -45,4 +46,7 @@ class Metrics:
         metrics.ORIGIN_ERRORS.labels(reason).inc()
 
     def breaker(self, state: State) -> None:
+        if state is self._state:
+            return
+        self._state = state
         metrics.BREAKER_STATE.set(state.value)

@@ -54,14 +54,24 @@ class OriginResponse:
 
     async def read(self, limit: int) -> bytes:
         """The whole body, of at most `limit` bytes; OriginBroken if it is longer, breaks off, or stands still."""
+        if self._has_body and (self.content_length or 0) > limit:
+            raise self._too_long(limit)
         pieces, size = [], 0
-        async for piece in self.iter_chunks():
-            size += len(piece)
-            if size > limit:
-                self.close()
-                raise self._broken(f"the origin's answer is longer than {limit} bytes")
-            pieces.append(piece)
+        stream = self._response.content
+        try:
+            while piece := await stream.readany():
+                size += len(piece)
+                if size > limit:
+                    raise self._too_long(limit)
+                pieces.append(piece)
+        except (ClientError, TimeoutError) as error:
+            self.close()
+            raise self._broken(f"{error or 'nothing from the origin'} (after {size} bytes)") from error
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _too_long(self, limit: int) -> OriginBroken:
+        self.close()
+        return self._broken(f"the origin's answer is longer than {limit} bytes")
 
     async def iter_chunks(self) -> AsyncIterator[bytes]:
         """The body in the pieces in which it comes; the origin is held back while nobody asks. OriginBroken as read."""

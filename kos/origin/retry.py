@@ -12,7 +12,7 @@ retries), RFC 9110 sections 9.2.2 (idempotent methods) and 10.2.3 (Retry-After).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -113,8 +113,9 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
         return None
 
 
-def may_repeat(method: str, header_names: frozenset[str]) -> bool:
-    """Whether carrying out a request twice does what carrying it out once does.
+def may_repeat(method: str, header_names: Container[str]) -> bool:
+    """Whether carrying out a request twice does what carrying it out once does. header_names: any
+    container that finds lower-case names.
 
     A conditional write does not: had the first attempt succeeded and its answer been lost, the second would be told
     that the precondition failed, for an object that it wrote itself.
@@ -122,5 +123,5 @@ def may_repeat(method: str, header_names: frozenset[str]) -> bool:
     if method not in IDEMPOTENT:
         return False
     if method in ("PUT", "DELETE"):
-        return not (header_names & {"if-match", "if-none-match"})
+        return "if-match" not in header_names and "if-none-match" not in header_names
     return True

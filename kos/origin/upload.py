@@ -85,6 +85,13 @@ class Upload:
         yield kept
 
 
+async def in_pieces(body: bytes | bytearray | memoryview, size: int) -> AsyncIterator[memoryview]:
+    """A body that is all there, in pieces of at most `size` bytes."""
+    view = memoryview(body)
+    for start in range(0, len(view), size):
+        yield view[start : start + size]
+
+
 class Patience:
     """How long one attempt may take to its answer's head, as its body moves on.
 
@@ -100,8 +107,9 @@ class Patience:
         self._allowed_s = {"source": left_s, "sink": stall_s, "end": answer_s}
         self._timeout: asyncio.Timeout | None = None
 
-    def timeout(self, first_s: float) -> asyncio.Timeout:
-        self._timeout = asyncio.timeout_at(min(self._deadline, self._loop.time() + first_s))
+    def timeout(self) -> asyncio.Timeout:
+        """To be entered around sending; until the first piece is asked for, aiohttp's connect timeout is enough."""
+        self._timeout = asyncio.timeout_at(self._deadline)
         return self._timeout
 
     def watch(self, phase: str) -> None:
