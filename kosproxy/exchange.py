@@ -195,7 +195,7 @@ class Exchange:
             return
         self._logged = True
         parts, operation = self.parts, self.operation
-        name = operation.op.value if operation is not None else UNKNOWN
+        name = operation.op.name if operation is not None else UNKNOWN
         metrics.REQUEST_COUNTS.add((name, str(self.status), "slow", self.phase or "none"))
         if self.sent_bytes and self.body_source is not None:
             metrics.BYTE_COUNTS.add((self.body_source,), self.sent_bytes)

@@ -148,7 +148,7 @@ class FastLane:
         failure: BaseException | None,
     ) -> None:
         started, now, request_id, access_key, head, operation, status = log
-        name = operation.op.value
+        name = operation.op.name
         metrics.REQUEST_COUNTS.add((name, str(status), "fast", Phase.HIT))
         if sent_bytes:
             metrics.BYTE_COUNTS.add(("hit",), sent_bytes)

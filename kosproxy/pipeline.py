@@ -68,7 +68,7 @@ class Pipeline:
             if admitted.operation.handling is Handling.WRITE:
                 # A write that has begun ends by itself, whatever becomes of the client: what it changed must be
                 # forgotten after the origin's answer and not at some point before.
-                name = f"{admitted.operation.op.value} {exchange.request_id}"
+                name = f"{admitted.operation.op.name} {exchange.request_id}"
                 await asyncio.shield(self._parts.tasks.spawn(self._answer(exchange, admitted), name))
             else:
                 await self._answer(exchange, admitted)

@@ -15,7 +15,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
@@ -167,7 +167,7 @@ class Connection(RequestHandler):
     # -- arriving bytes
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)
         if len(self._edge.connections) >= self._edge.limits.connections or self._edge.draining:
             transport.write(self._edge.turned_away)
             self._force_close = True

@@ -23,8 +23,9 @@ KEY_MAX_BYTES: Final = 1024
 _UNRESERVED: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~"
 _UNRESERVED_AND_SLASH: Final = _UNRESERVED + b"/"
 _BROKEN_ESCAPE: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-#: The older, wider rule (buckets made before 2018 may have capitals, underscores and up to 255 characters).
-_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
+#: The older, wider rule (buckets made before 2018 may have capitals, underscores and up to 255 characters). Names of one
+#: and two characters, which S3 has never had, are other origins' business to refuse.
+_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
 def uri_encode(text: str, safe_slash: bool) -> str:

@@ -22,7 +22,6 @@ from kosproxy.render import DROPPED, NO_BODY, common
 
 _log: Final = logging.getLogger("kosproxy.forward")
 _READS: Final = frozenset({Op.GetObject, Op.HeadObject})
-_REPEATABLE: Final = frozenset({"GET", "HEAD"})
 
 
 async def forward(exchange: Exchange, operation: Operation, identity: Identity) -> None:
@@ -53,13 +52,13 @@ async def ask(exchange: Exchange, operation: Operation, request: Outbound) -> Or
         body=request.body,
         content_length=request.content_length,
         payload_hash=request.payload_hash,
-        retry=head.method in _REPEATABLE and request.body is None,
+        operation=operation.op.name,
     )
     if response.status == 403:
         # The client's own signature was right, so this is about kos' credentials or the origin's policy.
         _log.warning(
             "the origin refused kos",
-            extra={"request_id": exchange.request_id, "operation": operation.op.value, "bucket": operation.bucket},
+            extra={"request_id": exchange.request_id, "operation": operation.op.name, "bucket": operation.bucket},
         )
     return response
 

@@ -58,5 +58,4 @@ async def _prepare(
         request = xml.parse_delete_request(body)
         return [item.key for item in request.items], document(exchange.head, identity, inbound, body)
     trailing = exchange.parts.config.origin.trailing_checksums
-    keys = [] if operation.key is None else [operation.key]
-    return keys, await outbound(exchange.head, identity, inbound, trailing_checksums=trailing)
+    return list(operation.forgets), await outbound(exchange.head, identity, inbound, trailing_checksums=trailing)

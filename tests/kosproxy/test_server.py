@@ -1,0 +1,349 @@
+"""The edge by itself, with lanes that say what they were asked: framing, limits, clocks, draining, malformed requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from aiohttp.web_request import BaseRequest
+
+from kos.config import Limits
+from kos.errors import S3Error
+from kosproxy.server import Connection, Edge, Sent
+
+BODY = bytes(range(256)) * 40_000
+
+
+class Piece(NamedTuple):
+    fd: int
+    offset: int
+    length: int
+
+
+def answer(body: bytes, status: str = "200 OK") -> bytes:
+    return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%b" % (status.encode(), len(body), body)
+
+
+class FakeLanes:
+    """/fast is answered at once, /file by sendfile, all else by the slow lane, which repeats what it was sent."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(BODY)
+        self.fd = os.open(path, os.O_RDONLY)
+        self.seen: list[str] = []
+        self.errors: list[str] = []
+        self.begun = 0
+        self.go = asyncio.Event()
+        self.go.set()
+
+    def fast(self, connection: Connection, data: bytes) -> bool:
+        assert data.endswith(b"\r\n\r\n") and connection.quiet
+        if data.count(b"\r\n\r\n") > 1:
+            return False
+        target = data.split(b" ")[1].decode()
+        if target == "/fast":
+            self.seen.append("fast")
+            assert connection.transport is not None
+            connection.transport.write(answer(b"fast"))
+            connection.answered_fast()
+            return True
+        if target == "/file":
+            self.seen.append("file")
+            relay = connection.relay()
+            assert relay is not None
+            connection.in_fast = True
+
+            def done(failure: BaseException | None) -> None:
+                if failure is None:
+                    connection.answered_fast()
+                else:
+                    self.errors.append(type(failure).__name__)
+                    connection.drop()
+
+            head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+            relay.start(head, [Piece(self.fd, 0, len(BODY))], done)
+            return True
+        return False
+
+    async def slow(self, request: BaseRequest, connection: Connection) -> Sent:
+        self.begun += 1
+        await self.go.wait()
+        body = await request.content.read()
+        self.seen.append(f"{request.method} {request._message.path} {len(body)}")
+        await connection.send(answer(body))
+        return Sent(keep_alive=not request._message.should_close)
+
+    async def malformed(self, connection: Connection, error: S3Error) -> None:
+        self.errors.append(error.code)
+        with contextlib.suppress(ConnectionError):
+            await connection.send(answer(error.code.encode(), f"{error.status} no"))
+
+
+class Served(NamedTuple):
+    lanes: FakeLanes
+    edge: Edge
+    port: int
+
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path: Path, **limits: Any) -> AsyncIterator[Served]:
+    lanes = FakeLanes(tmp_path / "body")
+    with ThreadPoolExecutor(2) as threads:
+        edge = Edge(lanes, Limits(**limits), threads, answer(b"full", "503 Slow Down"))
+        server = await asyncio.get_running_loop().create_server(edge, "127.0.0.1", 0)
+        try:
+            yield Served(lanes, edge, server.sockets[0].getsockname()[1])
+        finally:
+            server.close()
+            lanes.go.set()
+            await edge.drain(0.1)
+            os.close(lanes.fd)
+
+
+async def read_answer(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    return await reader.readexactly(length)
+
+
+async def test_both_lanes_on_one_connection(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        for _ in range(2):
+            writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert await read_answer(reader) == b"fast"
+            writer.write(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert await read_answer(reader) == BODY
+            writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert await read_answer(reader) == b""
+            writer.write(b"PUT /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+            assert await read_answer(reader) == b"hello"
+            # The parser had a body: whether it stands between two requests is known again after one more.
+            writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert await read_answer(reader) == b""
+        assert served.lanes.seen == ["fast", "file", "GET /slow 0", "PUT /slow 5", "GET /fast 0"] * 2
+        writer.close()
+
+
+async def test_the_raw_target_reaches_the_lanes(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        target = "/b//../%2e%41/./a%20b+c;x=1?q=%zz&a=b+c"
+        writer.write(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await read_answer(reader)
+        assert served.lanes.seen == [f"GET {target} 0"]
+        writer.close()
+
+
+async def test_a_head_in_pieces_takes_the_slow_lane(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        for piece in (b"GET /fa", b"st HTTP/1.1\r\nHo", b"st: x\r\n\r\n"):
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        assert await read_answer(reader) == b""
+        assert served.lanes.seen == ["GET /fast 0"]
+        writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await read_answer(reader) in (b"", b"fast")
+        writer.close()
+
+
+async def test_half_a_head_that_looks_like_a_request_is_not_taken_for_one(tmp_path: Path) -> None:
+    """The second read begins with GET and ends like a head, but is the value of a header."""
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\nX-Odd: ")
+        while not (served.edge.connections and not served.edge.connections[0]._clean):  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        writer.write(b"GET /fast HTTP/1.1\r\nY: z\r\n\r\n")
+        assert await read_answer(reader) == b""
+        assert served.lanes.seen == ["GET /slow 0"]
+        writer.close()
+
+
+@pytest.mark.parametrize("first", ["/file", "/fast", "/slow"])
+async def test_what_is_pipelined_is_answered_in_order(tmp_path: Path, first: str) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        writer.write(f"GET {first} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        while not served.lanes.seen and not served.lanes.begun:
+            await asyncio.sleep(0)
+        rest = b"".join(
+            b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % name for name in (b"slow", b"file", b"fast", b"fast", b"slow")
+        )
+        writer.write(rest)
+        assert await read_answer(reader) == {"/file": BODY, "/fast": b"fast", "/slow": b""}[first]
+        for _ in range(5):
+            assert await read_answer(reader) in (b"", b"fast", BODY)
+        writer.close()
+
+
+async def test_pipelining_without_end_is_held_back_by_the_kernel(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        writer.write(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        while not served.lanes.seen:
+            await asyncio.sleep(0)
+        one = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
+        for _ in range(100):
+            writer.write(one * 2000)
+        await asyncio.sleep(0.1)
+        (connection,) = served.edge.connections
+        assert isinstance(connection, Connection)
+        assert sum(map(len, connection._held)) < 1 << 20
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert await read_answer(reader) == BODY
+        assert await read_answer(reader) == b""
+        writer.close()
+
+
+async def test_a_client_that_goes_away_during_a_file(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        fds_before = len(os.listdir("/proc/self/fd"))
+        reader, writer = await served.open()
+        writer.write(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readexactly(1000)
+        writer.transport.abort()
+        while served.edge.connections:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        assert len(served.lanes.errors) <= 1
+        assert len(os.listdir("/proc/self/fd")) <= fds_before
+
+
+async def test_a_client_that_stops_reading_is_dropped(tmp_path: Path) -> None:
+    async with serving(tmp_path, send_timeout_s=0.2) as served:
+        reader, writer = await served.open()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not served.lanes.seen:
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            while served.edge.connections:
+                await asyncio.sleep(0.02)
+        assert served.lanes.errors == ["RelayFailed"]
+        writer.close()
+
+
+async def test_a_head_that_never_ends_is_answered_and_closed(tmp_path: Path) -> None:
+    async with serving(tmp_path, header_timeout_s=0.2) as served:
+        reader, writer = await served.open()
+        writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n")
+        assert await read_answer(reader) == b"RequestTimeout"
+        writer.close()
+        assert served.lanes.errors == ["RequestTimeout"]
+
+
+async def test_an_idle_connection_is_closed(tmp_path: Path) -> None:
+    async with serving(tmp_path, keepalive_s=0.2) as served:
+        reader, writer = await served.open()
+        writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await read_answer(reader) == b"fast"
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_slow_reader_outlives_the_keepalive(tmp_path: Path) -> None:
+    async with serving(tmp_path, keepalive_s=0.1) as served:
+        reader, writer = await served.open()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.4)
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert await read_answer(reader) == BODY
+        writer.close()
+
+
+async def send_much(writer: asyncio.StreamWriter, data: bytes) -> None:
+    with contextlib.suppress(ConnectionError):
+        for at in range(0, len(data), 65536):
+            writer.write(data[at : at + 65536])
+            await writer.drain()
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (b"GET / HTTP/1.1\r\n" + b"x-junk: %s\r\n" % (b"j" * 1000) * 10_000 + b"\r\n", "RequestHeaderSectionTooLarge"),
+        (b"GET / HTTP/1.1\r\nx: " + b"j" * 10_000_000 + b"\r\n\r\n", "RequestHeaderSectionTooLarge"),
+        (b"GET /" + b"j" * 10_000_000 + b" HTTP/1.1\r\n\r\n", "RequestHeaderSectionTooLarge"),
+        (b"NONSENSE\r\n\r\n", None),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", None),
+        (b"GET / HTTP/9.9\r\n\r\n", None),
+        (b"GET / HTTP/1.1\r\nHost : x\r\n\r\n", None),
+        (b"GET / HTTP/1.1\r\n\r\n", None),
+    ],
+)
+async def test_what_is_no_request_is_refused_clearly(tmp_path: Path, sent: bytes, code: str | None) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        sending = asyncio.ensure_future(send_much(writer, sent))
+        said = (await read_answer(reader)).decode()
+        assert served.lanes.errors == [said] and (code is None or said == code)
+        await sending
+        assert await reader.read() == b""
+        writer.close()
+        assert served.lanes.seen == []
+
+
+async def test_one_connection_too_many(tmp_path: Path) -> None:
+    async with serving(tmp_path, connections=1) as served:
+        reader, writer = await served.open()
+        writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await read_answer(reader) == b"fast"
+        reader2, writer2 = await served.open()
+        assert await read_answer(reader2) == b"full" and await reader2.read() == b""
+        writer2.close()
+        writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await read_answer(reader) == b"fast"
+        writer.close()
+
+
+async def test_draining_finishes_what_is_open_and_closes_what_is_idle(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        idle, idle_writer = await served.open()
+        idle_writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+        await read_answer(idle)
+        file, file_writer = await served.open()
+        file_writer.write(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n")
+        served.lanes.go.clear()
+        slow, slow_writer = await served.open()
+        slow_writer.write(b"PUT /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nab")
+        while "file" not in served.lanes.seen or not served.lanes.begun:
+            await asyncio.sleep(0.01)
+        draining = asyncio.ensure_future(served.edge.drain(10))
+        assert await idle.read() == b""
+        assert await read_answer(file) == BODY and await file.read() == b""
+        slow_writer.write(b"cd")
+        served.lanes.go.set()
+        assert await read_answer(slow) == b"abcd"
+        slow_writer.close()
+        async with asyncio.timeout(5):
+            await draining
+        for writer in (idle_writer, file_writer):
+            writer.close()
+
+
+async def test_draining_ends_in_time(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        served.lanes.go.clear()
+        reader, writer = await served.open()
+        writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not served.edge.connections:
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            await served.edge.drain(0.1)
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
