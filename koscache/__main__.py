@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from kos.node.role import Role, run_role
+from koscache.explain import explainer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the node's configuration, as configs/kos.yaml")
     arguments = parser.parse_args(argv)
-    return run_role(arguments.config, Role(name="cache", daemon=(sys.executable, "-m", "koscache.daemon_main")))
+    daemon = (sys.executable, "-m", "koscache.daemon_main")
+    return run_role(arguments.config, Role(name="cache", daemon=daemon, explain=explainer))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,20 @@ RUNS_MAX: Final = 1000
 
 
 def explainer(settings: Config) -> Callable[[str, str], Mapping[str, Any]]:
-    """The answerer of /v1/explain; opens the index at its first question, and again while there was none."""
+    """The answerer of /v1/explain; opens the index at its first question. It raises StoreFailed when the disk does."""
     reader = Reader(settings.cache.dir)
     rules = Rules(settings.rules)
     clock = Clock()
-    is_open = False
+    opened = False
 
     def explain(bucket: str, key: str) -> Mapping[str, Any]:
-        nonlocal is_open
+        nonlocal opened
         # A daemon that began a new index left the old one behind: follow it, questions here are rare.
-        is_open = reader.reopen() if is_open else reader.open()
+        if opened:
+            reader.reopen()
+        else:
+            reader.open()
+            opened = True
         return explain_object(reader, rules, clock, settings.cache.block_bytes, bucket, key)
 
     return explain

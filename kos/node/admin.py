@@ -23,6 +23,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
 
 from kos import config, metrics
+from kos.errors import KosError
 from kos.node.supervisor import Supervisor
 
 #: (bucket, key) -> what this node knows of the object; always called from one and the same thread
@@ -112,7 +113,11 @@ class Admin:
             return _json({"error": "found no bucket or no key, allowed: /v1/explain?bucket=BUCKET&key=KEY"}, 400)
         if self._explain is None:
             return _json({"error": "this node keeps no cache"}, 501)
-        answer = await asyncio.get_running_loop().run_in_executor(self._reading, self._explain, bucket, key)
+        loop = asyncio.get_running_loop()
+        try:
+            answer = await loop.run_in_executor(self._reading, self._explain, bucket, key)
+        except KosError as error:
+            return _json({"error": str(error)}, 503)
         return _json({"bucket": bucket, "key": key, **answer})
 
 
