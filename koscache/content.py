@@ -1,7 +1,7 @@
 """What the cache holds: records (what is known of an object) and blocks (slices of one version of it).
 
-Owns: content ids, the cutting of objects into blocks, the types that travel between store, daemon and workers, and the pure
-judgement of how far a record may be trusted. Does not own: where anything is kept.
+Owns: content ids, the cutting of objects into blocks, the types that travel between store, daemon and workers, and
+the pure judgement of how far a record may be trusted. Does not own: where anything is kept.
 
 Invariant: a content id names the bytes of exactly one version (bucket, key, ETag, size), so a block found under it can
 never belong to another version; whatever else is stale or lost, bytes of two versions do not mix.
@@ -27,21 +27,22 @@ CONTENT_BYTES = 16
 def content_id(bucket: str, key: str, etag: str, size: int) -> bytes:
     """16 bytes that name one version of one object.
 
-    BLAKE2b, not xxh3: keys and ETags are chosen by clients, and a collision that somebody can construct would be another
-    object's bytes under right headers. It is computed once per record (Record.content), not per request.
+    BLAKE2b, not xxh3: keys and ETags are chosen by clients, and a collision that somebody can construct would be
+    another object's bytes under right headers. It is computed once per record (Record.content), not per request.
     """
     name = b"\0".join((_utf8(bucket), _utf8(key), _utf8(etag), b"%d" % size))
     return blake2b(name, digest_size=CONTENT_BYTES).digest()
 
 
 def object_name(bucket: str, key: str) -> bytes:
-    """The bytes that object_hash and fence slots are taken of; neither part can hold a NUL that the other could imitate:
-    bucket names have none."""
+    """The bytes that object_hash and fence slots are taken of; neither part can hold a NUL that the other could
+    imitate: bucket names have none."""
     return _utf8(bucket) + b"\0" + _utf8(key)
 
 
 def object_hash(bucket: str, key: str) -> bytes:
-    """16 bytes, the key of the index's `objects`. Not collision proof: the value names bucket and key and is compared."""
+    """16 bytes, the key of the index's `objects`. Not collision proof: the value names bucket and key and is
+    compared."""
     return xxh3_128_digest(object_name(bucket, key))
 
 
@@ -65,7 +66,8 @@ def block_count(size: int, block: int) -> int:
 
 
 def block_length(size: int, number: int, block: int) -> int:
-    """Bytes in block `number` of an object of `size` bytes (the last one may be short; 0 when there is no such block)."""
+    """Bytes in block `number` of an object of `size` bytes (the last one may be short; 0 when there is no such
+    block)."""
     return max(0, min(block, size - number * block))
 
 
@@ -82,9 +84,9 @@ class Record(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """What is known of one object; immutable, replaced whole.
 
     etag: with its quotes. size: bytes. headers, checksums: as in ObjectMeta. validated_at: epoch seconds of the moment
-    *before* the origin request that vouched for it was sent; 0 = rebuilt from disk, must be revalidated. fence: value of the
-    object's fence slot read before that request; 0 matches no slot. epoch: the cluster epoch it was made in (0 so far).
-    content: content_id(bucket, key, etag, size).
+    *before* the origin request that vouched for it was sent; 0 = rebuilt from disk, must be revalidated. fence: value
+    of the object's fence slot read before that request; 0 matches no slot. epoch: the cluster epoch it was made in (0
+    so far). content: content_id(bucket, key, etag, size).
     """
 
     etag: str
@@ -128,7 +130,8 @@ def storable(meta: ObjectMeta) -> bool:
 
 
 def make_record(bucket: str, key: str, meta: ObjectMeta, *, validated_at: float, fence: int, epoch: int = 0) -> Record:
-    """The record of an origin answer that is storable(). See Record for when validated_at and fence must have been read."""
+    """The record of an origin answer that is storable(). See Record for when validated_at and fence must have been
+    read."""
     return Record(
         etag=meta.etag,
         size=meta.size,
@@ -153,7 +156,8 @@ class Freshness(Enum):
 
 
 def judge(record: Record | None, slot_value: int, now: float, fresh_s: float) -> tuple[Freshness, float]:
-    """Freshness and age in seconds. slot_value: the fence slot's present value. fresh_s: 0 = always ask, inf = immutable.
+    """Freshness and age in seconds. slot_value: the fence slot's present value. fresh_s: 0 = always ask, inf =
+    immutable.
 
     A record from the future (the clock was set back) has no known age: it is expired, unless immutable.
     """
@@ -179,8 +183,8 @@ class Location(NamedTuple):
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True):
-    """Space reserved for one block: write bytes [offset, offset + length) of the file `path`, no byte outside, and commit
-    or abandon it. Never used again for anything else when abandoned."""
+    """Space reserved for one block: write bytes [offset, offset + length) of the file `path`, no byte outside, and
+    commit or abandon it. Never used again for anything else when abandoned."""
 
     segment: int
     offset: int
@@ -202,7 +206,8 @@ class Refused(msgspec.Struct, frozen=True, array_like=True):
 
 class Commit(msgspec.Struct, frozen=True, array_like=True):
     """A filled extent. length: bytes written from the extent's start (<= extent.length). checksum: xxh3_64 of them.
-    record goes into the entry on disk, so that it can be rebuilt; it does not replace the index's record (put_record does)."""
+    record goes into the entry on disk, so that it can be rebuilt; it does not replace the index's record (put_record
+    does)."""
 
     extent: Extent
     content: bytes

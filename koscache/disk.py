@@ -1,7 +1,7 @@
 """The disk port: every system call that the block store makes on its own files goes through here.
 
-Owns: the Disk protocol, its plain implementation over os, and StoreFailed, which every disk error becomes at the store's
-border. Does not own: what is written where (segments, recovery), nor LMDB's own files (index).
+Owns: the Disk protocol, its plain implementation over os, and StoreFailed, which every disk error becomes at the
+store's border. Does not own: what is written where (segments, recovery), nor LMDB's own files (index).
 
 Invariant: a write either wrote all of its bytes or raised; nothing here retries, hides or guesses.
 """

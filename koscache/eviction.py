@@ -1,16 +1,18 @@
 """Eviction: which segment goes, and which of its entries move on instead.
 
-FIFO by segment with a second chance: the oldest segment goes whole; entries that were touched since they were written, or
-are pinned, are copied to the newest. That is sequential writing, O(1) an entry, and needs no order among entries.
+FIFO by segment with a second chance: the oldest segment goes whole; entries that were touched since they were
+written, or are pinned, are copied to the newest. That is sequential writing, O(1) an entry, and needs no order among
+entries.
 
     everything is touched  ->  at most RESCUE_SHARE of the segment is rescued, so each eviction frees the rest for good
-    everything is pinned   ->  the segment goes to the end of the queue uncopied; if that holds for all of them, the oldest
+    everything is pinned   ->  the segment goes to the end of the queue uncopied; if that holds for all of them, the
+    oldest
                                goes all the same: the size limit is hard, a pin is not
 
-Owns: the decision (pure), the memory of touches, the pins. Does not own: copying, unlinking (store).
+Owns: the decision (pure), the memory of touches. Does not own: pins (pins), copying and unlinking (evictor).
 
 Invariant: memory does not grow with the number of entries: touches are a bitmap of fixed size in which two entries may
-share a bit, which costs at worst a needless copy; pins are counted.
+share a bit, which costs at worst a needless copy.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from xxhash import xxh3_64_intdigest
 RESCUE_SHARE: Final = 0.5
 _TOUCH_BITS: Final = 1 << 24
 _TOUCH_MASK: Final = _TOUCH_BITS - 1
-PINS_MAX: Final = 100_000
 
 
 class Fate(Enum):
@@ -90,35 +91,3 @@ class Touches:
     def __contains__(self, block_key: bytes) -> bool:
         bit = xxh3_64_intdigest(block_key) & _TOUCH_MASK
         return bool(self._bits[bit >> 3] >> (bit & 7) & 1)
-
-
-class Pins:
-    """Versions that are held until a time. In memory; the store keeps a copy in the index."""
-
-    def __init__(self) -> None:
-        self._until: dict[bytes, float] = {}
-
-    def add(self, content: bytes, until: float, now: float) -> bool:
-        """False: PINS_MAX are held already."""
-        if content not in self._until and len(self._until) >= PINS_MAX:
-            self.expire(now)
-            if len(self._until) >= PINS_MAX:
-                return False
-        self._until[content] = until
-        return True
-
-    def discard(self, content: bytes) -> None:
-        self._until.pop(content, None)
-
-    def holds(self, content: bytes, now: float) -> bool:
-        return self._until.get(content, now) > now
-
-    def expire(self, now: float) -> list[bytes]:
-        """Forgets and returns those whose time is over."""
-        over = [content for content, until in self._until.items() if until <= now]
-        for content in over:
-            del self._until[content]
-        return over
-
-    def __len__(self) -> int:
-        return len(self._until)

@@ -20,9 +20,10 @@ from typing import Final, NamedTuple
 from koscache import index as ix
 from koscache.content import Extent, Location, body_checksum
 from koscache.disk import Disk, StoreFailed, disk_errors
-from koscache.eviction import Candidate, Pins, Touches, decide, holds_too_many_pins
+from koscache.eviction import Candidate, Touches, decide, holds_too_many_pins
 from koscache.index import Environment
 from koscache.layout import LARGE_PAYLOAD_MAX, Region
+from koscache.pins import Pins
 from koscache.segments import Packed
 from koscache.space import Space
 
@@ -199,7 +200,7 @@ class Evictor:
                     self._touches.discard(key)
                     went.append(region)
             if not regions:
-                self._forget_by_index(txn, victim)
+                environment.purge(txn, {victim})
             for region in went:
                 if len(region.payload) > ix.OBJECT_HASH_BYTES:
                     _drop_orphan(environment, txn, region.payload[: ix.OBJECT_HASH_BYTES], region.content)
@@ -207,19 +208,9 @@ class Evictor:
             txn.delete(ix.segment_key(victim), db=environment.segments)
         self._space.moved_noted()
 
-    def _forget_by_index(self, txn: ix.Transaction, victim: int) -> None:
-        with txn.cursor(self._environment.blocks) as cursor:
-            more = cursor.first()
-            while more:
-                location = ix.decode_location(cursor.key(), cursor.value())
-                if location is None or location.segment == victim:
-                    more = cursor.delete() and bool(cursor.key())
-                else:
-                    more = cursor.next()
-
     def sweep_records(self, count: int) -> int:
-        """Looks at the next `count` records and drops those of which no block is here: HEAD requests and blocks that went
-        leave them behind. Returns how many were dropped. Raises StoreFailed."""
+        """Looks at the next `count` records and drops those of which no block is here: HEAD requests and blocks that
+        went leave them behind. Returns how many were dropped. Raises StoreFailed."""
         environment = self._environment
         dropped = 0
         with environment.write() as txn, txn.cursor(environment.objects) as cursor:
@@ -248,5 +239,3 @@ def _drop_orphan(environment: Environment, txn: ix.Transaction, object_hash: byt
     value = txn.get(object_hash, db=environment.objects)
     if value is not None and ix.record_content(value) == content and not _has_blocks(environment, txn, content):
         txn.delete(object_hash, db=environment.objects)
-
-

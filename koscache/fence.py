@@ -1,8 +1,8 @@
 """The fence: what makes a write through this node seen by every later read on it, with no daemon and no message.
 
-A file of 2^20 slots of 64 bits that all processes of the node map. A record carries the value that its object's slot had
-*before* the origin was asked for it; a write changes the slot before its origin request and again after the answer, before
-the client is answered. A record whose value is not the slot's present one must be revalidated.
+A file of 2^20 slots of 64 bits that all processes of the node map. A record carries the value that its object's slot
+had *before* the origin was asked for it; a write changes the slot before its origin request and again after the
+answer, before the client is answered. A record whose value is not the slot's present one must be revalidated.
 
     reader: v = slot; GET -> old bytes ............................ stores record(v): differs from the slot: fenced
     writer:                 bump; PUT ......... 200; bump; answer

@@ -10,8 +10,9 @@ reader that still maps an old one reads old truths, never somebody else's pages.
 
 Owns: the environment, its keys and values, CURRENT. Does not own: when an index may be trusted (recovery).
 
-Invariant: every value carries a seal over its key and itself. Written without fsync and mapped by many processes, an index
-page can rot like any other; a value whose seal does not hold is no value, so rot costs a miss, never a wrong byte.
+Invariant: every value carries a seal over its key and itself. Written without fsync and mapped by many processes, an
+index page can rot like any other; a value whose seal does not hold is no value, so rot costs a miss, never a wrong
+byte.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import contextlib
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import Final, TypeAlias
 
@@ -30,6 +31,7 @@ from xxhash import xxh3_64_intdigest
 
 from koscache.content import CONTENT_BYTES, Location, Record
 from koscache.disk import Disk, StoreFailed
+from koscache.layout import Region
 
 FORMAT: Final = 1
 #: processes x threads of a node that may look things up at one moment
@@ -45,7 +47,6 @@ _SEGMENT_KEY: Final = struct.Struct(">Q")
 _SEAL_BYTES: Final = _SEAL.size
 _CONTENT_END: Final = _SEAL_BYTES + CONTENT_BYTES
 OBJECT_HASH_BYTES: Final = 16
-PIN_PREFIX: Final = b"pin:"
 NEXT_SEGMENT: Final = b"next_segment"
 
 
@@ -71,8 +72,8 @@ class SegmentState(IntEnum):
 
 
 class SegmentRow(msgspec.Struct, frozen=True, array_like=True):
-    """size: bytes of the file. mtime_ns: of the file when it was sealed or closed; another one later means that somebody
-    wrote to it. position: no entry that the index has ends behind it."""
+    """size: bytes of the file. mtime_ns: of the file when it was sealed or closed; another one later means that
+    somebody wrote to it. position: no entry that the index has ends behind it."""
 
     state: SegmentState
     size: int
@@ -124,6 +125,13 @@ def decode_location(key: bytes, value: bytes) -> Location | None:
     if seal != xxh3_64_intdigest(key + value[_SEAL_BYTES:]) & 0xFFFFFFFF:
         return None
     return Location(segment, offset, length, checksum, verified == 1)
+
+
+def unverified(segment: int, region: Region) -> tuple[bytes, bytes]:
+    """Key and value of an entry as a segment's table has it."""
+    key = block_key(region.content, region.number)
+    location = Location(segment, region.body_offset, region.body_length, region.checksum, False)
+    return key, encode_location(key, location)
 
 
 def encode_record(object_hash: bytes, bucket: str, key: str, record: Record) -> bytes:
@@ -215,8 +223,8 @@ def write_pointer(disk: Disk, cache_dir: str, pointer: Pointer) -> None:
 class Environment:
     """One open LMDB environment with its databases, shared by all who attached to it in this process.
 
-    LMDB must not be opened twice by one process; so attach() hands out the open one, and a writer that attaches to what a
-    reader opened before opens it anew in place (only where daemon and worker share a process: tests).
+    LMDB must not be opened twice by one process; so attach() hands out the open one, and a writer that attaches to
+    what a reader opened before opens it anew in place (only where daemon and worker share a process: tests).
     """
 
     _shared: Final[dict[str, Environment]] = {}
@@ -287,6 +295,33 @@ class Environment:
                 found = txn.stat(database)
                 used += found["branch_pages"] + found["leaf_pages"] + found["overflow_pages"]
             return int(used * found["psize"])
+
+    def purge(self, txn: Transaction, segments: set[int]) -> int:
+        """Removes every block that is in one of the segments, or whose seal does not hold; reads the whole table."""
+        purged = 0
+        with txn.cursor(self.blocks) as cursor:
+            more = cursor.first()
+            while more:
+                location = decode_location(cursor.key(), cursor.value())
+                if location is not None and location.segment not in segments:
+                    more = cursor.next()
+                    continue
+                purged += 1
+                more = cursor.delete() and bool(cursor.key())  # then stands on the next one
+        return purged
+
+    def put_unverified(self, txn: Transaction, segment: int, regions: Iterable[Region]) -> int:
+        """Puts the segment's entries, to be checked before use, where the index has them in this segment or not at all.
+        Returns how many."""
+        put = 0
+        for region in regions:
+            key, value = unverified(segment, region)
+            present = txn.get(key, db=self.blocks)
+            location = None if present is None else decode_location(key, present)
+            if location is None or location.segment == segment:
+                txn.put(key, value, db=self.blocks)
+                put += 1
+        return put
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Transaction]:

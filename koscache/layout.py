@@ -14,7 +14,8 @@ A reader of the file never searches bodies for headers: it walks from region to 
 Owns: the format. Does not own: files (segments) or what a payload means (index).
 
 Invariant: a region header is valid at one place only. Its checksum is seeded with the segment's random nonce and the
-region's offset, so that neither a header copied elsewhere nor one that a client made up inside a body is ever taken for one.
+region's offset, so that neither a header copied elsewhere nor one that a client made up inside a body is ever taken
+for one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ _REGION_MAGIC: Final = b"kos\xb1"
 _MASK: Final = (1 << 64) - 1
 
 _FILE: Final = struct.Struct("<8sHHIQQQ")  # magic, version, kind, block bytes, segment id, size, nonce
-_REGION: Final = struct.Struct("<4sB3xIIIIIIQ16s")  # magic, kind, payload, region, body offset, body, number, 0, checksum
+_REGION: Final = struct.Struct(
+    "<4sB3xIIIIIIQ16s"
+)  # magic, kind, payload, region, body offset, body, number, 0, checksum
 _TRAILER: Final = struct.Struct("<8sQIIQQQQ")  # magic, segment, block bytes, rows, file size, footer at, length, check
 _CHECK: Final = struct.Struct("<Q")
 _ROW: Final = struct.Struct("<I")
@@ -71,8 +74,8 @@ class FileHeader(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A region as its header says. offset, body_offset: in the file. length: of the whole region. body_length of a RESERVED
-    one is what may be filled."""
+    """A region as its header says. offset, body_offset: in the file. length: of the whole region. body_length of a
+    RESERVED one is what may be filled."""
 
     kind: RegionKind
     offset: int
@@ -142,10 +145,12 @@ def pack_region(region: Region, nonce: int) -> bytes:
 
 
 def parse_region(buffer: bytes | memoryview, at: int, offset: int, nonce: int) -> Region | None:
-    """The region whose header stands at buffer[at:] and at `offset` of the file. None: there is none, or it is garbled."""
+    """The region whose header stands at buffer[at:] and at `offset` of the file. None: there is none, or it is
+    garbled."""
     if len(buffer) - at < REGION_HEADER_BYTES or buffer[at : at + 4] != _REGION_MAGIC:
         return None
-    _, kind, payload_length, length, body_at, body_length, number, _, checksum, content = _REGION.unpack_from(buffer, at)
+    fields = _REGION.unpack_from(buffer, at)
+    _, kind, payload_length, length, body_at, body_length, number, _, checksum, content = fields
     payload = bytes(buffer[at + REGION_HEADER_BYTES : at + REGION_HEADER_BYTES + payload_length])
     if len(payload) != payload_length:
         return None
@@ -154,9 +159,7 @@ def parse_region(buffer: bytes | memoryview, at: int, offset: int, nonce: int) -
         return None
     if kind not in (RegionKind.RESERVED, RegionKind.BLOCK) or body_at + body_length > length:
         return None
-    return Region(
-        RegionKind(kind), offset, length, content, number, offset + body_at, body_length, checksum, payload
-    )
+    return Region(RegionKind(kind), offset, length, content, number, offset + body_at, body_length, checksum, payload)
 
 
 def payload_length_at(buffer: bytes | memoryview, at: int) -> int:

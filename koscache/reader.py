@@ -1,11 +1,11 @@
 """The block store as workers read it: index and segments, straight from the files, with no word to the daemon.
 
-Owns: this process's view of the index, its open segment descriptors and how often each is lent. Does not own: any change to
-the store; whether a record is fresh (content.judge).
+Owns: this process's view of the index, its open segment descriptors and how often each is lent. Does not own: any
+change to the store; whether a record is fresh (content.judge).
 
-Invariant: every answer is from one committed state of the index, and a descriptor that is lent stays open. Between looking
-up and borrowing the segment may go: SegmentGone, which is a miss. Once borrowed, its bytes can be read to the end, because
-segments are only unlinked, never written over.
+Invariant: every answer is from one committed state of the index, and a descriptor that is lent stays open. Between
+looking up and borrowing the segment may go: SegmentGone, which is a miss. Once borrowed, its bytes can be read to the
+end, because segments are only unlinked, never written over.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Reader:
     def open(self) -> bool:
         """Opens the fence (made if missing) and the index.
 
-        False when there is no usable index (yet): everything is a miss, reopen() later. Raises StoreFailed when there can
-        be no fence: then this process must not serve hits or carry writes as if nobody else did.
+        False when there is no usable index (yet): everything is a miss, reopen() later. Raises StoreFailed when there
+        can be no fence: then this process must not serve hits or carry writes as if nobody else did.
         """
         with disk_errors("opening the fence"):
             self._disk.make_dir(self._dir)
@@ -200,7 +200,8 @@ class Reader:
     # ---- descriptors
 
     def borrow(self, segment: int) -> int:
-        """A read-only descriptor, good until give_back. Raises SegmentGone, also if it cannot be opened for another reason."""
+        """A read-only descriptor, good until give_back. Raises SegmentGone, also if it cannot be opened for another
+        reason."""
         with self._lock:
             held = self._held.get(segment)
             if held is not None:
@@ -264,7 +265,8 @@ class Reader:
         return segment_path(self._dir, segment)
 
     def close(self) -> None:
-        """Closes the index and every descriptor, lent or not. The fence stays mapped for writes that are still running."""
+        """Closes the index and every descriptor, lent or not. The fence stays mapped for writes that are still
+        running."""
         with self._lock:
             self._detach()
             for segment in list(self._held):

@@ -8,8 +8,8 @@
     index rebuilt  (all else)
         every segment: footer, else walk; entries unverified, records to be revalidated
 
-Unverified: the checksum is checked before the first use (Store.verify, or the scrub). After a power failure a footer can
-have reached the disk before a body that was written earlier; so can a kernel bug or a hand that edits files.
+Unverified: the checksum is checked before the first use (Store.verify, or the scrub). After a power failure a footer
+can have reached the disk before a body that was written earlier; so can a kernel bug or a hand that edits files.
 
 Owns: the judgement and the rebuilding. Does not own: formats (layout, index), normal operation (store).
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
@@ -30,7 +29,7 @@ import lmdb
 import msgspec
 
 from koscache import index as ix
-from koscache.content import Location, StoreConfig
+from koscache.content import StoreConfig
 from koscache.disk import Disk, StoreFailed, disk_errors
 from koscache.index import Environment, IndexBroken, IndexFull, Pointer, SegmentRow, SegmentState
 from koscache.layout import Region
@@ -128,9 +127,7 @@ def judge_index(pointer: Pointer | None, numbers: list[int], boot_id: str, block
 class Recovery:
     """One run over one directory. Raises StoreFailed when the disk does not let it."""
 
-    def __init__(
-        self, config: StoreConfig, disk: Disk, clock: _Clock, boot_id: str, policy: RecoveryPolicy
-    ) -> None:
+    def __init__(self, config: StoreConfig, disk: Disk, clock: _Clock, boot_id: str, policy: RecoveryPolicy) -> None:
         self._config = config
         self._dir = config.dir
         self._disk = disk
@@ -244,7 +241,7 @@ class Recovery:
         """Brings index rows and entries in line with what was found."""
         suspects = {segment for segment, finding in findings.items() if finding.suspect}
         if suspects:
-            self._dropped += _purge(environment, txn, suspects)
+            self._dropped += environment.purge(txn, suspects)
         for segment, finding in findings.items():
             if finding.walk is None:
                 self._disk.unlink(segment_path(self._dir, segment))
@@ -253,7 +250,7 @@ class Recovery:
                 del known[segment]
                 continue
             if finding.unverified:
-                put = _put_unverified(environment, txn, segment, finding.walk.blocks)
+                put = environment.put_unverified(txn, segment, finding.walk.blocks)
                 self._dropped -= put if finding.suspect else 0
             known[segment] = self._row(finding)
             txn.put(ix.segment_key(segment), ix.encode_segment(known[segment]), db=environment.segments)
@@ -322,7 +319,8 @@ class Recovery:
     def _fill_index(
         self, environment: Environment, newest_first: list[int], filling: list[SegmentFile], *, same_boot: bool
     ) -> dict[int, SegmentRow]:
-        """Newest first and never overwriting: of two copies the newer stays, and if the map gets full, the oldest go."""
+        """Newest first and never overwriting: of two copies the newer stays, and if the map gets full, the oldest
+        go."""
         rows: dict[int, SegmentRow] = {}
         full = False
         for begin in range(0, len(newest_first), _SEGMENTS_PER_TRANSACTION):
@@ -379,14 +377,13 @@ class Recovery:
     def _files(self) -> dict[int, tuple[int, int]]:
         """Segment files there are: id -> (size, mtime in ns)."""
         directory = os.path.join(self._dir, SEGMENTS_DIR)
-        ids = sorted(
-            segment for segment in map(parse_segment_name, self._disk.list(directory)) if segment is not None
-        )
+        ids = sorted(segment for segment in map(parse_segment_name, self._disk.list(directory)) if segment is not None)
         return {segment: self._disk.stat(segment_path(self._dir, segment)) for segment in ids}
 
 
 class _Finding(NamedTuple):
-    """walk: None when nothing can be read. suspect: its index entries go first. unverified: its entries are put anew."""
+    """walk: None when nothing can be read. suspect: its index entries go first. unverified: its entries are put
+    anew."""
 
     walk: Walk | None
     fd: int
@@ -437,43 +434,9 @@ def _read_rows(environment: Environment) -> tuple[dict[int, SegmentRow], int]:
     return rows, ix.parse_segment_key(raw)
 
 
-def _purge(environment: Environment, txn: ix.Transaction, segments: set[int]) -> int:
-    """Removes every block that is in one of the segments, or whose seal does not hold; reads the whole table."""
-    dropped = 0
-    with txn.cursor(environment.blocks) as cursor:
-        more = cursor.first()
-        while more:
-            location = ix.decode_location(cursor.key(), cursor.value())
-            if location is None or location.segment in segments:
-                dropped += 1
-                more = cursor.delete() and bool(cursor.key())
-            else:
-                more = cursor.next()
-    return dropped
-
-
-def _unverified(segment: int, region: Region) -> tuple[bytes, bytes]:
-    key = ix.block_key(region.content, region.number)
-    location = Location(segment, region.body_offset, region.body_length, region.checksum, False)
-    return key, ix.encode_location(key, location)
-
-
-def _put_unverified(environment: Environment, txn: ix.Transaction, segment: int, regions: Iterable[Region]) -> int:
-    """Puts entries that the index has in this segment or not at all."""
-    put = 0
-    for region in regions:
-        key, value = _unverified(segment, region)
-        present = txn.get(key, db=environment.blocks)
-        location = None if present is None else ix.decode_location(key, present)
-        if location is None or location.segment == segment:
-            txn.put(key, value, db=environment.blocks)
-            put += 1
-    return put
-
-
 def _put_rebuilt(environment: Environment, txn: ix.Transaction, segment: int, regions: list[Region]) -> None:
     """Puts entries and their records where the new index has none."""
-    blocks = [_unverified(segment, region) for region in regions]
+    blocks = [ix.unverified(segment, region) for region in regions]
     with txn.cursor(environment.blocks) as cursor:
         cursor.putmulti(blocks, overwrite=False)
     records = [

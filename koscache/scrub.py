@@ -1,7 +1,7 @@
 """The scrub: reads the store round and round, slowly, and drops what is not what was written.
 
-Owns: its place in the round, also inside a block, so that no step reads more than its budget. Does not own: the pace (the
-daemon calls step() with as many bytes as the rate allows), nor what dropping means (store).
+Owns: its place in the round, also inside a block, so that no step reads more than its budget. Does not own: the pace
+(the daemon calls step() with as many bytes as the rate allows), nor what dropping means (store).
 
 Invariant: an entry is judged only by all of its bytes, read while the index had it at that very place.
 """

@@ -1,15 +1,16 @@
 """Segment files: making, filling, sealing, and reading them back.
 
-    create -> reserve ... commit | abandon        (bodies of large blocks are written by the workers, into their extents)
+    create -> reserve ... commit | abandon        (bodies of large blocks are written by the workers, into their
+    extents)
            -> pack                                (small blocks, whole)
            -> seal: footer, fdatasync, trailer, fdatasync; from then on nobody writes to the file, it is only unlinked
 
 Owns: one file's positions, its table of entries, its outstanding extents. Does not own: which segment is filled next or
 goes next (store, eviction), nor the index.
 
-Invariant: space is handed out once. `position` only moves forward, and only past a region whose header is on the file; a
-reservation keeps its bytes until the whole segment is gone, whatever becomes of the fill, because the worker that had it
-may still be writing.
+Invariant: space is handed out once. `position` only moves forward, and only past a region whose header is on the
+file; a reservation keeps its bytes until the whole segment is gone, whatever becomes of the fill, because the worker
+that had it may still be writing.
 """
 
 from __future__ import annotations
@@ -197,8 +198,9 @@ class SegmentFile:
         self.rows += 1
 
     def write_footer(self, *, shorten: bool = False) -> Callable[[], int]:
-        """Writes the footer and returns what remains to be done to seal, which may wait long for the disk: sync, trailer,
-        sync; it returns the file's mtime in ns and may run in another thread. Raises StoreFailed, it raises OSError.
+        """Writes the footer and returns what remains to be done to seal, which may wait long for the disk: sync,
+        trailer, sync; it returns the file's mtime in ns and may run in another thread. Raises StoreFailed, it raises
+        OSError.
 
         shorten: cut the file behind the last region, so that a segment sealed early takes no more than it holds.
         """
@@ -278,8 +280,8 @@ class Sealer:
 
 
 class Walk(NamedTuple):
-    """What a file holds. blocks: its entries. position: behind the last region. clean: the walk ended where the file was
-    never written to (or the footer was read), not at something garbled. sealed: read from a footer."""
+    """What a file holds. blocks: its entries. position: behind the last region. clean: the walk ended where the file
+    was never written to (or the footer was read), not at something garbled. sealed: read from a footer."""
 
     header: FileHeader
     size: int

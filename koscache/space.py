@@ -1,6 +1,7 @@
 """The space of the store: which segments there are, which are being filled, how much may still be taken.
 
-    OPEN ──full──▶ closing (extents still out) ──▶ sealing (waits for the disk) ──▶ sealed ──evicted──▶ unlinked ──released──▶ free
+    OPEN ──full──▶ closing (extents still out) ──▶ sealing (waits for the disk) ──▶ sealed ──evicted──▶ unlinked
+    ──released──▶ free
 
 Owns: handing out space, sealing, the byte account, file descriptors for writing. Does not own: the index of entries
 (store), the choice of the segment that goes (eviction).
@@ -14,14 +15,34 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from xxhash import xxh3_64
+
+from kos.errors import ConfigError
 from koscache import index as ix
-from koscache.content import Extent, Location, Refusal, Refused
+from koscache.content import Extent, Location, Refusal, Refused, StoreConfig
 from koscache.disk import Disk, StoreFailed, disk_errors
+from koscache.fence import FENCE_BYTES
 from koscache.index import Environment, SegmentRow, SegmentState
-from koscache.layout import FileHeader, Kind, Region
-from koscache.segments import Packed, SegmentFile, Sealer, open_read, read_segment, segment_path
+from koscache.layout import (
+    LARGE_ROW_MAX,
+    PAGE,
+    SEGMENT_BYTES_MAX,
+    FileHeader,
+    Kind,
+    Region,
+    large_region_bytes,
+)
+from koscache.segments import Packed, Sealer, SegmentFile, open_read, read_segment, segment_path
+
+_READ_PIECE: Final = 1 << 20
+#: CURRENT, lock files, the socket, directories
+_ODDS_BYTES: Final = 256 << 10
+#: fewer, and two kinds of active segments, one being sealed and one spare have no place
+_SEGMENTS_MIN: Final = 4
+#: smaller ones are made if fewer would fit, so that an eviction never takes more than an eighth
+SEGMENTS_WANTED: Final = 8
 
 
 class Limits(NamedTuple):
@@ -61,7 +82,9 @@ class Space:
         self._moved: set[int] = set()  # segments with entries that no index row knows of yet
         self._sealer = Sealer()
         self.failure: StoreFailed | None = None
-        for each in self._writing.values():  # the newest of each kind is filled further, the others are sealed by settle()
+        for (
+            each
+        ) in self._writing.values():  # the newest of each kind is filled further, the others are sealed by settle()
             self._active[each.header.kind] = each
 
     # ---- handing out
@@ -81,7 +104,8 @@ class Space:
         return extent
 
     def pack(self, blocks: Sequence[Packed]) -> list[Location]:
-        """Places of the first so many blocks for which there is room. Raises StoreFailed, having placed none that count."""
+        """Places of the first so many blocks for which there is room. Raises StoreFailed, having placed none that
+        count."""
         placed: list[Location] = []
         while len(placed) < len(blocks):
             active = self._active.get(Kind.SMALL)
@@ -113,7 +137,8 @@ class Space:
         return location
 
     def note_moved(self, txn: ix.Transaction) -> None:
-        """Tells the index how far the segments go in which entries were placed; in the transaction that makes them known."""
+        """Tells the index how far the segments go in which entries were placed; in the transaction that makes them
+        known."""
         for segment in self._moved:
             each = self._writing.get(segment)
             if each is not None:
@@ -188,14 +213,18 @@ class Space:
         ended = self._sealer.collect(wait=wait)
         if not ended:
             return
+        failed = [each for each in ended if each.error is not None]
         for each in ended:
             del self._sealing[each.segment.id]
             each.segment.close()
-            if each.error is not None:
-                self.failure = StoreFailed(f"sealing a segment: {each.error}")
+        if failed:
+            self.failure = StoreFailed(f"sealing a segment: {failed[0].error}")
         with self._environment.write() as txn:
+            for each in failed:
+                # After a failed fdatasync nobody knows which pages reached the disk: what is read back later may be
+                # old bytes. So every block is checked before its next use.
+                self._environment.put_unverified(txn, each.segment.id, each.segment.regions())
             for each in ended:
-                # After a failed seal the mtime stays 0, which no file has: the next recovery checks every block.
                 row = SegmentRow(SegmentState.SEALED, each.segment.size, each.mtime_ns, each.segment.position)
                 txn.put(ix.segment_key(each.segment.id), ix.encode_segment(row), db=self._environment.segments)
 
@@ -231,6 +260,26 @@ class Space:
     def open_segment(self, segment: int) -> int:
         """A descriptor for reading; the caller closes it. Raises StoreFailed."""
         return open_read(self._disk, segment_path(self._dir, segment))
+
+    def checksum(self, location: Location) -> int | None:
+        """xxh3_64 of the bytes that are there now; None: they cannot be read whole."""
+        try:
+            fd = self.open_segment(location.segment)
+        except StoreFailed:
+            return None
+        hashed = xxh3_64()
+        try:
+            for at in range(0, location.length, _READ_PIECE):
+                length = min(_READ_PIECE, location.length - at)
+                piece = self._disk.read(fd, length, location.offset + at)
+                if len(piece) != length:
+                    return None
+                hashed.update(piece)
+        except OSError:
+            return None
+        finally:
+            self._disk.close(fd)
+        return hashed.intdigest()
 
     def copy_body(self, source: int, region: Region, extent: Extent) -> None:
         """A body from another segment into an extent, in the kernel. Raises StoreFailed."""
@@ -274,3 +323,20 @@ class Space:
         for each in self._writing.values():
             each.close()
         self._writing.clear()
+
+
+def work_out_limits(config: StoreConfig) -> Limits:
+    """Works out the segments' budget and size. Raises ConfigError with the arithmetic."""
+    budget = config.size_bytes - config.index_bytes - FENCE_BYTES - _ODDS_BYTES
+    least = large_region_bytes(config.block_bytes) + 2 * PAGE + LARGE_ROW_MAX
+    least = -(-least // PAGE) * PAGE
+    wanted = min(config.segment_bytes, budget // SEGMENTS_WANTED, SEGMENT_BYTES_MAX - PAGE)
+    segment = max(wanted // PAGE * PAGE, least)
+    if budget < _SEGMENTS_MIN * segment:
+        needed = _SEGMENTS_MIN * least + config.index_bytes + FENCE_BYTES + _ODDS_BYTES
+        raise ConfigError(
+            f"cache.size is {config.size_bytes} bytes; with index_size {config.index_bytes} and block_size "
+            f"{config.block_bytes} it must be at least {needed}: {_SEGMENTS_MIN} segments of {least}, the index, and "
+            f"{FENCE_BYTES + _ODDS_BYTES} for the fence and odds"
+        )
+    return Limits(budget, segment, config.block_bytes, config.min_free_bytes)

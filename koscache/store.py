@@ -6,16 +6,8 @@
     evict -> (workers close the segments) -> released                                 room
     touched, pin, verify, scrub_step                                                  what stays, what is right
 
-Which of two records stays? Answers of the origin can reach the daemon in another order than they were given:
-
-    open A: fence 1, GET ......... answer (old) ........................ put_record(A)
-    write:             bump to 2, PUT, bump to 3
-    open B:                                    fence 3, GET, answer (new) .. put_record(B) before or after A
-
-The one whose fence is the slot's present value wins; among equals, the later validated_at. So B stays in both orders.
-
-Owns: the order of things on disk (body, header, index), the byte limit, reactions to a full index. Does not own: leases,
-messages, threads (daemon).
+Owns: the order of things on disk (body, header, index), the byte limit, reactions to a full index. Does not own:
+leases, messages, threads (daemon).
 
 Invariant: an entry is in the index only after its whole body and its header are in the file; everything that the index
 names is right even if the process dies at any instruction.
@@ -25,14 +17,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import struct
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
 import msgspec
-from xxhash import xxh3_64
 
-from kos.errors import ConfigError
 from koscache import index as ix
 from koscache.content import (
     Commit,
@@ -44,14 +33,15 @@ from koscache.content import (
     StoreConfig,
     block_length,
     body_checksum,
-    object_hash,
 )
 from koscache.disk import Disk, OsDisk, StoreFailed, disk_errors
-from koscache.eviction import Pins, Touches
+from koscache.eviction import Touches
 from koscache.evictor import Evictor
 from koscache.fence import FENCE_BYTES, Fence, read_boot_id
 from koscache.index import IndexBroken, IndexFull
-from koscache.layout import LARGE_PAYLOAD_MAX, LARGE_ROW_MAX, PAGE, SEGMENT_BYTES_MAX, large_region_bytes
+from koscache.layout import LARGE_PAYLOAD_MAX, PAGE
+from koscache.pins import Pins
+from koscache.records import Records, payload
 from koscache.recovery import (
     STARTS_FORGOTTEN_S,
     Recovered,
@@ -63,25 +53,17 @@ from koscache.recovery import (
 )
 from koscache.scrub import Judged, Scrubber, ScrubReport
 from koscache.segments import Packed
-from koscache.space import Limits, Space
+from koscache.space import SEGMENTS_WANTED, Limits, Space, work_out_limits
 
 __all__ = ["RecoveryPolicy", "RecoveryReport", "ScrubReport", "Stats", "Store", "StoreFailed"]
 
 _T = TypeVar("_T")
-#: CURRENT, lock files, the socket, directories
-_ODDS_BYTES: Final = 256 << 10
 #: of the map: above, records without blocks and then segments go, because LMDB needs free pages even to delete
 _INDEX_SHARE: Final = 0.8
 _INDEX_TRIES: Final = 4
 _SWEEP_RECORDS: Final = 5000
-#: fewer, and two kinds of active segments, one being sealed and one spare have no place
-_SEGMENTS_MIN: Final = 4
-#: smaller ones are made if fewer would fit, so that an eviction never takes more than an eighth
-_SEGMENTS_WANTED: Final = 8
 _HOUSEKEEPING_S: Final = 60.0
 _SMALL_PAYLOAD_MAX: Final = 16 << 10
-_READ_PIECE: Final = 1 << 20
-_UNTIL: Final = struct.Struct("<d")
 
 
 class WallClock(Protocol):
@@ -134,7 +116,7 @@ class Store:
 
         One Store per directory: StoreFailed if another process has it. ConfigError if size_bytes is too small.
         """
-        limits = _limits(config)
+        limits = work_out_limits(config)
         disk = disk or OsDisk()
         boot_id = boot_id or read_boot_id()
         began = clock.monotonic()
@@ -182,16 +164,17 @@ class Store:
             recovered.filling,
             recovered.next_segment,
         )
+        self._records = Records(self._environment, fence, clock)
         self._touches = Touches()
         self._pins = Pins()
         self._evictor = Evictor(disk, self._environment, self._space, self._touches, self._pins, config.small_bytes)
         self._scrubber = Scrubber(disk, self._space, self.locate, self._judged)
-        self._spare_bytes = limits.segment * (2 if limits.budget >= 2 * _SEGMENTS_WANTED * limits.segment else 1)
+        self._spare_bytes = limits.segment * (2 if limits.budget >= 2 * SEGMENTS_WANTED * limits.segment else 1)
         self._goal_max = limits.budget // 2
         self._opened_at = self._housekept_at = clock.monotonic()
         self._bad_count = 0
         self._closed = False
-        self._read_pins()
+        self._pins.read(self._environment)
         self._space.settle()
         while self._space.lacks(0) and self._evictor.evict_one(clock.now()):  # the size was made smaller
             continue
@@ -220,8 +203,8 @@ class Store:
     def commit(self, commits: Sequence[Commit]) -> list[bool]:
         """Makes filled extents findable, in one transaction. Records inside go to disk only, not into the index.
 
-        False: not an extent that is out (an earlier daemon's, abandoned, committed already), or one that was reserved for
-        another block, or a length that cannot be. It is dead space then.
+        False: not an extent that is out (an earlier daemon's, abandoned, committed already), or one that was reserved
+        for another block, or a length that cannot be. It is dead space then.
         """
         placed: list[tuple[bytes, Location]] = []
         done: list[bool] = []
@@ -230,8 +213,8 @@ class Store:
                 fits = self._fits(commit)
                 done.append(fits)
                 if fits:
-                    payload = _payload(commit.bucket, commit.key, commit.record, LARGE_PAYLOAD_MAX)
-                    location = self._space.commit(commit.extent, commit.length, commit.checksum, payload)
+                    kept = payload(commit.bucket, commit.key, commit.record, LARGE_PAYLOAD_MAX)
+                    location = self._space.commit(commit.extent, commit.length, commit.checksum, kept)
                     placed.append((ix.block_key(commit.content, commit.number), location))
                 else:
                     self.abandon(commit.extent)
@@ -272,8 +255,8 @@ class Store:
     def put_small(self, smalls: Sequence[Small]) -> list[bool]:
         """Packs bodies and puts their records, in one transaction.
 
-        False: no room for the body, or its checksum or length does not hold. A record whose body does not hold is not put
-        either; one whose body had no room is. The body of an empty object is "" and needs no room.
+        False: no room for the body, or its checksum or length does not hold. A record whose body does not hold is not
+        put either; one whose body had no room is. The body of an empty object is "" and needs no room.
         """
         done = [self._holds(small) for small in smalls]
         right = [small for small, holds in zip(smalls, done, strict=True) if holds]
@@ -282,7 +265,7 @@ class Store:
                 small.content,
                 small.number,
                 small.checksum,
-                _payload(small.bucket, small.key, small.record, _SMALL_PAYLOAD_MAX),
+                payload(small.bucket, small.key, small.record, _SMALL_PAYLOAD_MAX),
                 small.body,
             )
             for small in right
@@ -298,7 +281,7 @@ class Store:
             self._put_blocks(txn, placed)
             for small in right:
                 if small.record is not None:
-                    self._put_record(txn, small.bucket, small.key, small.record)
+                    self._records.put(txn, small.bucket, small.key, small.record)
 
         self._transact(put)
         unplaced = {(block.content, block.number) for block in packed[len(locations) :]}
@@ -316,37 +299,16 @@ class Store:
     # ---- records
 
     def put_record(self, bucket: str, key: str, record: Record) -> bool:
-        """Keeps the record; False if the index has one that is newer (see above), which stays."""
-        return self._transact(lambda txn: self._put_record(txn, bucket, key, record))
+        """Keeps the record; False if the index has one that is newer (see koscache.records), which stays."""
+        return self._transact(lambda txn: self._records.put(txn, bucket, key, record))
 
     def drop_record(self, bucket: str, key: str) -> None:
         """Forgets what is known of the object. Its blocks stay: they are right for their version for ever."""
-        hashed = object_hash(bucket, key)
-        self._transact(lambda txn: txn.delete(hashed, db=self._environment.objects))
+        self._transact(lambda txn: self._records.drop(txn, bucket, key))
 
     def record(self, bucket: str, key: str) -> Record | None:
         with self._environment.read() as txn:
-            return self._get_record(txn, bucket, key)
-
-    def _get_record(self, txn: ix.Transaction, bucket: str, key: str) -> Record | None:
-        hashed = object_hash(bucket, key)
-        value = txn.get(hashed, db=self._environment.objects)
-        named = None if value is None else ix.decode_record(hashed, value)
-        return named.record if named is not None and (named.bucket, named.key) == (bucket, key) else None
-
-    def _put_record(self, txn: ix.Transaction, bucket: str, key: str, record: Record) -> bool:
-        present = self._get_record(txn, bucket, key)
-        if present is not None and self._is_newer(present, record, self.fence.value_of(bucket, key)):
-            return False
-        hashed = object_hash(bucket, key)
-        txn.put(hashed, ix.encode_record(hashed, bucket, key, record), db=self._environment.objects)
-        return True
-
-    def _is_newer(self, present: Record, record: Record, slot_value: int) -> bool:
-        if (present.fence == slot_value) != (record.fence == slot_value):
-            return present.fence == slot_value
-        # Validated in the future: the clock was set back since. Then it says nothing.
-        return record.validated_at < present.validated_at <= self._clock.now()
+            return self._records.get(txn, bucket, key)
 
     # ---- looking up
 
@@ -392,9 +354,9 @@ class Store:
     def evict(self, need_bytes: int = 0) -> list[int]:
         """Frees room for need_bytes, keeps a spare segment and min_free_bytes, and does what else is due.
 
-        Returns every segment that went since the last call, also those that had to go inside other calls: broadcast them,
-        then call released(segment) for each when all workers have closed it. Cheap when there is nothing to do: call it
-        after every batch. Raises StoreFailed also for what failed in the background (a seal).
+        Returns every segment that went since the last call, also those that had to go inside other calls: broadcast
+        them, then call released(segment) for each when all workers have closed it. Cheap when there is nothing to do:
+        call it after every batch. Raises StoreFailed also for what failed in the background (a seal).
         """
         self._space.collect()
         self._space.settle()
@@ -434,9 +396,7 @@ class Store:
             return
         self._housekept_at = now
         self._environment.env.reader_check()  # readers that were killed pin pages
-        over = self._pins.expire(self._clock.now())
-        if over:
-            self._transact(lambda txn: [self._forget_pin(txn, content) for content in over])
+        self._expire_pins()
         if self._pointer.starts and now - self._opened_at >= STARTS_FORGOTTEN_S:
             self._pointer = mark(self._disk, self._config.dir, self._pointer, starts=0)
 
@@ -449,57 +409,33 @@ class Store:
 
     def pin(self, content: bytes, until: float) -> bool:
         """Holds the blocks of a version until the epoch second `until`. False when too many versions are pinned."""
-        if not self._pins.add(content, until, self._clock.now()):
-            return False
-        self._transact(lambda txn: txn.put(ix.PIN_PREFIX + content, _UNTIL.pack(until), db=self._environment.meta))
+        if not self._pins.add(content, until):
+            self._expire_pins()
+            if not self._pins.add(content, until):
+                return False
+        self._transact(lambda txn: self._pins.keep(self._environment, txn, [content]))
         return True
 
     def unpin(self, content: bytes) -> None:
         self._pins.discard(content)
-        self._transact(lambda txn: self._forget_pin(txn, content))
+        self._transact(lambda txn: self._pins.keep(self._environment, txn, [content]))
 
-    def _forget_pin(self, txn: ix.Transaction, content: bytes) -> bool:
-        return txn.delete(ix.PIN_PREFIX + content, db=self._environment.meta)
-
-    def _read_pins(self) -> None:
-        with self._environment.read() as txn, txn.cursor(self._environment.meta) as cursor:
-            more = cursor.set_range(ix.PIN_PREFIX)
-            while more and cursor.key().startswith(ix.PIN_PREFIX):
-                if len(cursor.value()) == _UNTIL.size:
-                    (until,) = _UNTIL.unpack(cursor.value())
-                    self._pins.add(cursor.key().removeprefix(ix.PIN_PREFIX), until, self._clock.now())
-                more = cursor.next()
+    def _expire_pins(self) -> None:
+        over = self._pins.expire(self._clock.now())
+        if over:
+            self._transact(lambda txn: self._pins.keep(self._environment, txn, over))
 
     # ---- what is right
 
     def verify(self, content: bytes, number: int) -> bool:
-        """Reads a block and checks it; a good one becomes verified, a bad one is dropped. False: not there (any more)."""
+        """Reads a block and checks it; a good one becomes verified, a bad one is dropped. False: not there (any
+        more)."""
         location = self.locate(content, number)
         if location is None:
             return False
-        good = self._read_checksum(location) == location.checksum
+        good = self._space.checksum(location) == location.checksum
         self._judge(content, number, location, good=good)
         return good
-
-    def _read_checksum(self, location: Location) -> int | None:
-        """None: cannot be read whole."""
-        try:
-            fd = self._space.open_segment(location.segment)
-        except StoreFailed:
-            return None
-        hashed = xxh3_64()
-        try:
-            for at in range(0, location.length, _READ_PIECE):
-                length = min(_READ_PIECE, location.length - at)
-                piece = self._disk.read(fd, length, location.offset + at)
-                if len(piece) != length:
-                    return None
-                hashed.update(piece)
-        except OSError:
-            return None
-        finally:
-            self._disk.close(fd)
-        return hashed.intdigest()
 
     def _judged(self, judged: Judged) -> None:
         self._judge(judged.region.content, judged.region.number, judged.location, good=judged.good)
@@ -578,23 +514,6 @@ class Store:
             os.close(self._lock)
 
 
-def _limits(config: StoreConfig) -> Limits:
-    """Works out the segments' budget and size. Raises ConfigError with the arithmetic."""
-    budget = config.size_bytes - config.index_bytes - FENCE_BYTES - _ODDS_BYTES
-    least = large_region_bytes(config.block_bytes) + 2 * PAGE + LARGE_ROW_MAX
-    least = -(-least // PAGE) * PAGE
-    wanted = min(config.segment_bytes, budget // _SEGMENTS_WANTED, SEGMENT_BYTES_MAX - PAGE)
-    segment = max(wanted // PAGE * PAGE, least)
-    if budget < _SEGMENTS_MIN * segment:
-        needed = _SEGMENTS_MIN * least + config.index_bytes + FENCE_BYTES + _ODDS_BYTES
-        raise ConfigError(
-            f"cache.size is {config.size_bytes} bytes; with index_size {config.index_bytes} and block_size "
-            f"{config.block_bytes} it must be at least {needed}: {_SEGMENTS_MIN} segments of {least}, the index, and "
-            f"{FENCE_BYTES + _ODDS_BYTES} for the fence and odds"
-        )
-    return Limits(budget, segment, config.block_bytes, config.min_free_bytes)
-
-
 def _lock(cache_dir: str) -> int:
     with disk_errors("opening the lock file"):
         fd = os.open(os.path.join(cache_dir, "LOCK"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -604,13 +523,3 @@ def _lock(cache_dir: str) -> int:
         os.close(fd)
         raise StoreFailed(f"{cache_dir} is in use by another daemon") from error
     return fd
-
-
-def _payload(bucket: str, key: str, record: Record | None, most: int) -> bytes:
-    """What an entry keeps of its object: enough to rebuild the record, as one that must be revalidated. A record that is
-    longer than `most` bytes is left out; after a loss of the index the origin is asked for it."""
-    if record is None:
-        return b""
-    hashed = object_hash(bucket, key)
-    payload = hashed + ix.encode_record(hashed, bucket, key, record.revalidated(0.0, 0))
-    return payload if len(payload) <= most else b""
