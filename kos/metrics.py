@@ -65,8 +65,9 @@ BREAKER_STATE: Final = Gauge(
     "Of the origin: 0 closed, 1 half-open, 2 open; the worst of all workers",
     multiprocess_mode="livemax",
 )
+# The daemon alone knows. Processes that never set it count for nothing; with the daemon gone it is 0, which is true.
 CACHING: Final = Gauge(
-    "kos_caching", "1 while new blocks are stored, 0 while caching is off", multiprocess_mode="livemin"
+    "kos_caching", "1 while new blocks are stored, 0 while caching is off", multiprocess_mode="livemostrecent"
 )
 TASK_FAILURES: Final = Counter("kos_task_failures_total", "Tasks that ended by an unexpected exception", ["owner"])
 ACCESS_LOG_DROPPED: Final = Counter(
