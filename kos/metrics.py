@@ -65,7 +65,7 @@ BREAKER_STATE: Final = Gauge(
     "Of the origin: 0 closed, 1 half-open, 2 open; the worst of all workers",
     multiprocess_mode="livemax",
 )
-# The daemon alone knows. Processes that never set it count for nothing; with the daemon gone it is 0, which is true.
+# The daemon alone knows: processes that never set it count for nothing. While there is no daemon there is no value either.
 CACHING: Final = Gauge(
     "kos_caching", "1 while new blocks are stored, 0 while caching is off", multiprocess_mode="livemostrecent"
 )
