@@ -87,7 +87,8 @@ def meta_from_headers(
     """
     if status not in (200, 206):
         return None
-    pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+    # An HTTP client may give names as a subclass of str of its own, which the message format of records refuses.
+    pairs = [(str(name), value) for name, value in (headers.items() if isinstance(headers, Mapping) else headers)]
     named = {name.lower(): value for name, value in pairs}
     etag = named.get("etag", "").strip()
     size = _size_of_whole(status, named)
