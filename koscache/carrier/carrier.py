@@ -165,19 +165,16 @@ class Carrier:
         Afterwards no record of these keys that was validated before counts, in any worker. When it is left by an exception
         or cancellation the origin may still carry the write out, so the fence is passed once more when it must have ended.
         """
-        fence = self._reader.fence
-        slots = sorted({fence.slot(bucket, key) for key in keys})
+        slots = sorted({self._reader.fence.slot(bucket, key) for key in keys})
         token = next(self._tokens)
-        for slot in slots:
-            fence.bump(slot)
+        self._bump(slots)
         self._link.tell(ipc.WriteBegin(token, slots))
         ended = False
         try:
             yield
             ended = True
         finally:
-            for slot in slots:
-                fence.bump(slot)
+            self._bump(slots)
             if ended:
                 self._link.tell(ipc.WriteEnd(token))
             else:
@@ -187,9 +184,13 @@ class Carrier:
 
     async def _bump_later(self, token: int, slots: list[int]) -> None:
         await self._clock.sleep(self._context.config.origin.request_timeout_s)
-        for slot in slots:
-            self._reader.fence.bump(slot)
+        self._bump(slots)
         self._link.tell(ipc.WriteEnd(token))
+
+    def _bump(self, slots: list[int]) -> None:
+        fence = self._reader.fence  # asked for each time: a new daemon may have made a new file
+        for slot in slots:
+            fence.bump(slot)
 
     # --- segments and touches ---------------------------------------------------------------------------------------
 

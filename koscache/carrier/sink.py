@@ -84,7 +84,8 @@ class FileSink:
                 self._last_write = now
                 self._write()
                 full = False
-        self._paused = full or self._filling is None
+        # With everything received there is nothing to hold back, and nothing that a resume would be told for.
+        self._paused = (full or self._filling is None) and self.received_bytes < self._length
         return not self._paused
 
     # --- writing --------------------------------------------------------------------------------------------------
@@ -135,8 +136,7 @@ class FileSink:
             self._rest()
         if self._paused and self._resume is not None and self._filling is not None and self._filled == 0:
             self._paused = False
-            if self.received_bytes < self._length:
-                self._resume()
+            self._resume()
 
     def _rest(self) -> None:
         if self._idle is not None and not self._idle.done():
