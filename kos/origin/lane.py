@@ -239,7 +239,9 @@ class OriginLane:
         if key is not None:
             path += encode_key(key)
         given = headers.items() if isinstance(headers, Mapping) else headers
-        fields = CIMultiDict([(name, value) for name, value in given if name.lower() not in _OURS])
+        kept = [(name, value) for name, value in given if name.lower() not in _OURS]
+        _check_sendable(kept)
+        fields = CIMultiDict(kept)
         fields["Host"] = host
         fields.setdefault("Accept-Encoding", "identity")
         fields.setdefault("User-Agent", _USER_AGENT)
@@ -410,6 +412,16 @@ class OriginLane:
 
     def _body_broke(self, reason: str) -> None:
         self._observer.failed("body")
+
+
+def _check_sendable(pairs: list[tuple[str, str]]) -> None:
+    """aiohttp would leave out, without a word, the bytes of a header that are no UTF-8; the signature knows them."""
+    for _, value in pairs:
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise S3Error("InvalidArgument", "A header of the request is not valid UTF-8.") from None
 
 
 def _classify(error: BaseException) -> _Failed:

@@ -350,7 +350,8 @@ class OriginStore:
         v2 = query.get("list-type") == "2"
         after = query.get("continuation-token") or query.get("start-after") or query.get("marker") or ""
         limit = min(int(query.get("max-keys", "1000")), 1000)
-        rows, last, truncated = [], "", False
+        rows: list[str] = []
+        last, truncated = "", False
         for kind, name, version in self._entries(request, after):
             if len(rows) == limit:
                 truncated = limit > 0

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from kos.config import Origin
-from kos.errors import OriginBroken, OriginUnavailable
+from kos.errors import OriginBroken, OriginUnavailable, S3Error
 from kos.origin.breaker import State
 from kos.origin.credentials import StaticCredentials
 from kos.origin.lane import OriginLane
@@ -124,6 +124,13 @@ async def test_only_what_was_asked_for_is_sent(lane: OriginLane, origin: FakeOri
         assert origin.requests[1].headers["content-length"] == "0"
     async with await lane.request("DELETE", "b", "k2"):
         assert "content-type" not in origin.requests[2].headers
+
+
+async def test_a_header_that_cannot_be_sent_is_the_clients_fault(lane: OriginLane, origin: FakeOrigin) -> None:
+    with pytest.raises(S3Error, match="not valid UTF-8"):
+        await lane.request("PUT", "b", "k", headers={"x-amz-meta-a": "caf\udce9"}, body=b"1")
+    async with await lane.request("HEAD", "b", "k") as response:
+        assert response.status == 404
 
 
 async def test_answers_are_left_as_they_are(lane: OriginLane, origin: FakeOrigin) -> None:

@@ -148,6 +148,15 @@ async def test_a_body_in_pieces_is_not_sent_twice(lane: OriginLane, origin: Fake
     assert origin.count(method="PUT") == 2
 
 
+async def test_a_long_body_that_is_all_there_is_sent_again(lane: OriginLane, origin: FakeOrigin, big: bytes) -> None:
+    origin.fault(status=503)
+    origin.fault(status=500, early=True)
+    async with await lane.request("PUT", "b", "k", body=big) as response:
+        assert response.status == 200
+    stored = origin.get("b", "k")
+    assert stored is not None and stored.body == big and origin.count(method="PUT") == 3
+
+
 async def test_a_body_in_pieces_that_was_not_begun_may_be(lane: OriginLane, origin: FakeOrigin) -> None:
     """No connection, no piece taken: nothing stands against another attempt."""
     await origin.down()
