@@ -64,8 +64,8 @@ def main() -> int:
     for name in FIGURES if asked.name == "all" else [asked.name] if asked.name in FIGURES else []:
         try:
             line = measure(name, quick=asked.quick, rounds=rounds)
-        except results.BenchFailed as error:
-            say(f"{name}: {error}")
+        except (results.BenchFailed, OSError) as error:
+            say(f"{name}: {error!r}" if isinstance(error, OSError) else f"{name}: {error}")
             failed = 1
         else:
             print(json.dumps(line) if asked.json else table(line), flush=True)
