@@ -177,7 +177,9 @@ class Opener:
         record, outcome = answer.record, answer.outcome
         if outcome is OpenOutcome.STORED and record is not None:
             fresh = rule.freshness == math.inf or record.validated_at + rule.freshness >= arrived
-            if not (mine or fresh) or (_lacks_checksums(record, want) and (answer.renewed or not mine)):
+            if not fresh or (_lacks_checksums(record, want) and (answer.renewed or not mine)):
+                if mine and answer.ticket is not None:
+                    answer.ticket.disown()
                 return None
             return self._opened(flight, mine, answer, record, want)
         if outcome is OpenOutcome.NOT_STORED:
@@ -261,13 +263,21 @@ class Opener:
                 flight.land(answer)
                 return
             mine, lease = lease, NO_LEASE
-            await self._tell(flight, mine, answer)
+            stored = self._tell(flight, mine, answer)
+            if answer.outcome is not OpenOutcome.STORED:
+                self._leave_table(flight, at)  # who comes now asks for himself
+            await stored
         finally:
             if lease != NO_LEASE:
                 given_up = lease
                 link.ask(lambda ask: ipc.OpenDone(ask, given_up, OpenOutcome.LEADER_GAVE_UP), lambda _: None)
             flight.land(Answer(OpenOutcome.LEADER_GAVE_UP))
+            self._leave_table(flight, at)
+
+    def _leave_table(self, flight: _Flight, at: tuple[str, str, int]) -> None:
+        if self._flights.get(at) is flight:
             del self._flights[at]
+        if not flight.gone.done():
             flight.gone.set_result(None)
 
     async def _ask(self, flight: _Flight) -> Answer:
@@ -286,11 +296,11 @@ class Opener:
             self._context, flight.bucket, flight.key, flight.fence, flight.known, first, alone=flight.alone
         )
 
-    async def _tell(self, flight: _Flight, lease: int, answer: Answer) -> None:
+    def _tell(self, flight: _Flight, lease: int, answer: Answer) -> asyncio.Future[bool]:
         """Asks for the block that came along first, then tells the daemon and all who wait.
 
         In this order, without a pause between: whoever hears of the record and asks for its block, here or in another
-        worker, finds the lease taken. Returns when the record is in the index: until then the flight answers for it.
+        worker, finds the lease taken. Done when the record is in the index: until then the flight answers for it.
         """
         record, block, body, ticket = answer.record, answer.block, answer.body, answer.ticket
         checksum, held = 0, None
@@ -321,7 +331,7 @@ class Opener:
             reply,
         )  # fmt: skip
         flight.land(answer)
-        await stored
+        return stored
 
     def _first_touch(self, record: Record, ticket: Ticket) -> None:
         """A small range went through; the next one in these blocks fills them."""
