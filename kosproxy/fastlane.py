@@ -78,14 +78,19 @@ class FastLane:
             )
         except S3Error:
             return False
-        pieces: Sequence[FilePiece] | None = ()
+        pieces: Sequence[FilePiece] = ()
         if answer.start < answer.stop:
-            pieces = parts.carrier.cached(record, bucket, key, answer.start, answer.stop)
-            if pieces is None:
+            cached = parts.carrier.cached(record, bucket, key, answer.start, answer.stop)
+            if cached is None:
                 return False
+            pieces = cached
         log = (started, now, request_id, identity.access_key, head, operation, answer.status)
         return self._send(
-            connection, object_response.render_head(answer.status, answer.headers), pieces, answer.stop - answer.start, log
+            connection,
+            object_response.render_head(answer.status, answer.headers),
+            pieces,
+            answer.stop - answer.start,
+            log,
         )
 
     def _send(

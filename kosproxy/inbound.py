@@ -45,9 +45,7 @@ def body_length(head: RequestHead, operation: Operation, identity: Identity) -> 
     if not _LENGTH.fullmatch(text):
         raise S3Error("InvalidArgument", extra={"ArgumentName": "Content-Length", "ArgumentValue": text})
     if int(text) > aws_chunked.BODY_MAX_BYTES:
-        raise S3Error(
-            "EntityTooLarge", extra={"ProposedSize": text, "MaxSizeAllowed": str(aws_chunked.BODY_MAX_BYTES)}
-        )
+        raise S3Error("EntityTooLarge", extra={"ProposedSize": text, "MaxSizeAllowed": str(aws_chunked.BODY_MAX_BYTES)})
     return int(text)
 
 

@@ -30,7 +30,7 @@ from kosproxy import render
 from kosproxy.access_log import UNKNOWN, Line, time_text
 from kosproxy.exchange import Exchange
 from kosproxy.fastlane import FastLane
-from kosproxy.handlers.forward import forward
+from kosproxy.handlers.forward import forward, tell_refused
 from kosproxy.handlers.get import read
 from kosproxy.handlers.write import write
 from kosproxy.parts import Parts
@@ -119,23 +119,21 @@ class Pipeline:
         """Answer a failure, or break off when the answer has begun."""
         if exchange.begun:
             exchange.error = type(failure).__name__
-            _log.warning(
-                "response broken off", extra={"request_id": exchange.request_id, "reason": str(failure)}
-            )
+            _log.warning("response broken off", extra={"request_id": exchange.request_id, "reason": str(failure)})
             exchange.break_off()
             return
         now = self._parts.clock.now()
         note = exchange.cache_note
         if isinstance(failure, OriginRefused):
             exchange.error = "OriginRefused"
+            if failure.status == 403:
+                tell_refused(exchange)
             answer = render.refused(failure, exchange.head, exchange.request_id, now, note)
         else:
             shown = render.as_s3_error(failure)
             exchange.error = shown.code
             if shown is not failure:
-                _log.warning(
-                    "request failed", extra={"request_id": exchange.request_id, "reason": repr(failure)}
-                )
+                _log.warning("request failed", extra={"request_id": exchange.request_id, "reason": repr(failure)})
             answer = render.error(shown, exchange.head, exchange.request_id, now, note)
         await exchange.respond(answer.status, answer.headers, answer.body)
 
@@ -171,4 +169,3 @@ class Pipeline:
             await connection.send(render_head(answer.status, headers) + answer.body)
         except ConnectionError:
             connection.drop()
-

@@ -64,9 +64,7 @@ def error(
     return Rendered(failure.status, headers, body)
 
 
-def refused(
-    refusal: OriginRefused, head: RequestHead, request_id: str, now: float, cache_note: str | None
-) -> Rendered:
+def refused(refusal: OriginRefused, head: RequestHead, request_id: str, now: float, cache_note: str | None) -> Rendered:
     """The origin's own error, passed on as it is under kos' request id."""
     headers = common(request_id, now)
     if cache_note is not None:

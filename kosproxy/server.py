@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import Any, Final, Protocol, cast
 
-from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, LineTooLong
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from aiohttp.web_request import BaseRequest
@@ -242,10 +242,7 @@ class Connection(RequestHandler):
             message, payload = messages[-1]
             # A head that began after the last complete one would end here as well, and so be a message itself.
             self._clean = (
-                payload is EMPTY_PAYLOAD
-                and data.endswith(_HEAD_END)
-                and not self._upgraded
-                and not self._buffer_paused
+                payload is EMPTY_PAYLOAD and data.endswith(_HEAD_END) and not self._upgraded and not self._buffer_paused
             )
             self._head_bytes = 0
             self._head_since = 0.0
@@ -332,7 +329,7 @@ class Edge(Server):
     def __init__(self, lanes: Lanes, limits: Limits, threads: Executor, turned_away: bytes) -> None:
         """turned_away: the whole response for a connection too many. threads: for file reads that wait for the disk."""
         super().__init__(
-            self._handle,  # type: ignore[arg-type]
+            self._handle,
             handler_cancellation=True,
             loop=asyncio.get_running_loop(),
         )
@@ -395,8 +392,4 @@ def _as_s3_error(error: BaseException) -> S3Error:
         return error
     if isinstance(error, LineTooLong) or "Too many headers" in str(error):
         return S3Error("RequestHeaderSectionTooLarge")
-    if isinstance(error, BadHttpMethod):
-        return S3Error("MethodNotAllowed")
-    if isinstance(error, BadStatusLine):
-        return S3Error("InvalidURI")
     return S3Error("InvalidRequest", "An error occurred when parsing the HTTP request.")

@@ -107,6 +107,10 @@ def meta_from_headers(
         kept.append(_DEFAULT_TYPE)
     # A 206 may carry the checksum of a part where the range is exactly that part: it says nothing about the object.
     whole = status == 200
+    if "-" in etag and "x-amz-checksum-type" not in named:
+        # Made of parts: the value may be one over the parts' checksums. S3 says which it is (COMPOSITE, and "-3" behind
+        # the value); an origin that does not say gives a value that clients would take for the whole body's.
+        checksums.clear()
     return ObjectMeta(
         etag=etag,
         size=size,

@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from kos.origin.lane import OriginResponse
+from kos.origin.response import OriginResponse
 from kos.s3.operation import Op, Operation
 from kos.s3.sigv4 import Identity
 from koscache.carrier import Phase
 from kosproxy.exchange import Exchange
 from kosproxy.inbound import Inbound
 from kosproxy.outbound import Outbound, outbound
-from kosproxy.render import DROPPED, NO_BODY, common
+from kosproxy.render import DROPPED, common
 
 _log: Final = logging.getLogger("kosproxy.forward")
 _READS: Final = frozenset({Op.GetObject, Op.HeadObject})
@@ -55,12 +55,19 @@ async def ask(exchange: Exchange, operation: Operation, request: Outbound) -> Or
         operation=operation.op.name,
     )
     if response.status == 403:
-        # The client's own signature was right, so this is about kos' credentials or the origin's policy.
-        _log.warning(
-            "the origin refused kos",
-            extra={"request_id": exchange.request_id, "operation": operation.op.name, "bucket": operation.bucket},
-        )
+        tell_refused(exchange)
     return response
+
+
+def tell_refused(exchange: Exchange) -> None:
+    """Tell the operator of a 403 of the origin's: the client's own signature was right, so this is about kos'
+    credentials or the origin's policy."""
+    operation = exchange.operation
+    assert operation is not None
+    _log.warning(
+        "the origin refused kos",
+        extra={"request_id": exchange.request_id, "operation": operation.op.name, "bucket": operation.bucket},
+    )
 
 
 def relay_head(exchange: Exchange, response: OriginResponse) -> None:
@@ -80,5 +87,3 @@ def relay_head(exchange: Exchange, response: OriginResponse) -> None:
         if length is not None:
             headers.append(("Content-Length", str(length)))
         exchange.begin(response.status, headers, length)
-
-

@@ -81,12 +81,14 @@ def test_a_body_shorter_than_announced(shared_node: Node, origin: FakeOrigin) ->
 
 
 def test_a_body_longer_than_announced_is_cut_where_it_was_to_end(shared_node: Node, origin: FakeOrigin) -> None:
-    """What follows the announced length is, in HTTP, the next request: it is no part of the object."""
+    """What follows the announced length is, in HTTP, the next request, and no proper one: no part of the object, and
+    when it comes in the same read the parser refuses both."""
     with signed(shared_node, "PUT", "/b/longer", body=b"1234567890", length=5).open() as connection:
-        assert read_answer(connection).status == 200
+        first = read_answer(connection).status
+        assert first in (200, 400)
         assert read_answer(connection).status in (0, 400)
     stored = origin.get("b", "longer")
-    assert stored is not None and stored.body == b"12345"
+    assert (stored is None) if first == 400 else (stored is not None and stored.body == b"12345")
 
 
 def test_a_payload_hash_that_does_not_hold(shared_node: Node, origin: FakeOrigin) -> None:
