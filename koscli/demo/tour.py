@@ -47,7 +47,8 @@ class Tour:
         self._small = {
             f"datasets/small/{n:05d}.bin": rng.randbytes(rng.randrange(2_000, 40_000)) for n in range(small_count)
         }
-        self._large = rng.randbytes(large_bytes)
+        # randbytes takes less than 256 MiB at a time
+        self._large = b"".join(rng.randbytes(min(16 << 20, large_bytes - at)) for at in range(0, large_bytes, 16 << 20))
         self._large_sha256 = hashlib.sha256(self._large).hexdigest()
         self._rng = rng
         self._s3: Any = boto3.client(
