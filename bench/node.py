@@ -75,6 +75,8 @@ def config(origin: Address, directory: Path, *, workers: int, cache_size: str, m
         "cache": {"dir": str(directory / "cache"), "size": cache_size},
         "credentials": [{"access_key": signing.ACCESS_KEY, "secret_key": signing.SECRET_KEY}],
         "rules": [{"match": f"{BUCKET}/*", "freshness": "immutable"}],
+        # As nginx's: into a file.
+        "log": {"access": str(directory / "access.log")},
         "control": {"url": f"sqlite:///{directory}/control.db"},
     } | more
 
