@@ -33,6 +33,9 @@ class Failure(Enum):
     NOT_HTTP = "not_http"
 
 
+_TIMEOUTS: Final = frozenset({Failure.CONNECT_TIMEOUT, Failure.ANSWER_TIMEOUT})
+
+
 class Reason(Enum):
     """Why a request is tried again, or is not."""
 
@@ -42,6 +45,7 @@ class Reason(Enum):
     ANSWERED = "answered"
     ATTEMPTS = "attempts_used_up"
     DEADLINE = "deadline"
+    TIMED_OUT = "timed_out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,10 @@ def decide(
         return Decision(False, Reason.ANSWERED)
     if not replayable:
         return Decision(False, Reason.NOT_RETRYABLE)
+    if outcome in _TIMEOUTS:
+        # The client has waited a whole timeout already, and a silent origin is mostly silent again: tell it now, so that
+        # it hears within one timeout and the breaker within a few.
+        return Decision(False, Reason.TIMED_OUT)
     if attempt > policy.retries:
         return Decision(False, Reason.ATTEMPTS)
     reason = Reason.RETRY

@@ -20,7 +20,15 @@ def decided(outcome: Failure | int, **changed: object) -> Decision:
     return decide(outcome, **{**arguments, **changed})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("outcome", [*Failure, 429, 500, 502, 503, 504])
+TIMEOUTS = (Failure.CONNECT_TIMEOUT, Failure.ANSWER_TIMEOUT)
+
+
+@pytest.mark.parametrize("outcome", TIMEOUTS)
+def test_a_silent_origin_is_not_asked_twice_by_one_request(outcome: Failure) -> None:
+    assert decided(outcome) == Decision(False, Reason.TIMED_OUT)
+
+
+@pytest.mark.parametrize("outcome", [*[each for each in Failure if each not in TIMEOUTS], 429, 500, 502, 503, 504])
 def test_passing_troubles_are_tried_again(outcome: Failure | int) -> None:
     assert decided(outcome) == Decision(True, Reason.RETRY, 0.1)
     assert decided(outcome, attempt=3) == Decision(True, Reason.RETRY, 0.4)
