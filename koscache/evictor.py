@@ -1,10 +1,11 @@
 """Carrying an eviction out: rescue what is hot, forget the rest, unlink the segment.
 
     read the segment's table -> which entries are alive, touched, pinned -> decide() -> copy those that move
-    -> one transaction: new places of the moved, no places for the others, the segment's row gone -> unlink
+    -> index: new places of the moved, then no places for the others, then the segment's row gone -> unlink
 
-A crash before the transaction leaves copies that nobody knows (dead space), after it a file that nobody knows (recovery
-unlinks it). A reader that looked an entry up before it either opens the file in time or finds it gone: a miss.
+A crash leaves copies that nobody knows (dead space), or a segment that has fewer entries than its table says, or a
+file that nobody knows (recovery unlinks it). A reader that looked an entry up before either opens the file in time or
+finds it gone: a miss.
 
 Owns: that order, and dropping records whose last block went. Does not own: the decision (eviction), space (space).
 
@@ -62,13 +63,14 @@ class Evictor:
             victim = self._choose(now)
         if victim is None:
             return False
-        regions = self._readable_regions(victim)
+        table = self._table(victim)
+        regions = table or []
         candidates, alive = self._look_up(victim, regions, now)
         fates = decide(candidates, self._space.live[victim])
         moving = [region for region, fate in zip(regions, fates, strict=True) if fate.moves]
         moved = self._rescue(victim, moving, alive) if moving else []
         went = sum(each.alive for each in candidates) - len(moved)
-        self._forget(victim, regions, moved)
+        self._forget(victim, table, moved)
         self._space.gone(victim)
         self._space.settle()
         self.gone.append(victim)
@@ -84,18 +86,18 @@ class Evictor:
         if not self._pins:
             return evictable[0] if evictable else None
         for segment in evictable:
-            candidates, _ = self._look_up(segment, self._readable_regions(segment), now)
+            candidates, _ = self._look_up(segment, self._table(segment) or [], now)
             if not holds_too_many_pins(candidates, self._space.live[segment]):
                 return segment
             self._space.requeue(segment)
         return evictable[0] if evictable else None
 
-    def _readable_regions(self, segment: int) -> list[Region]:
-        """A segment whose table cannot be read goes all the same; its entries are then found in the index."""
+    def _table(self, segment: int) -> list[Region] | None:
+        """None: it cannot be read. The segment goes all the same; its entries are then searched in the index."""
         try:
             return self._space.regions(segment)
         except StoreFailed:
-            return []
+            return None
 
     def _look_up(
         self, segment: int, regions: Sequence[Region], now: float
@@ -183,30 +185,38 @@ class Evictor:
 
     # ---- forgetting
 
-    def _forget(self, victim: int, regions: Sequence[Region], moved: Sequence[Moved]) -> None:
+    def _forget(self, victim: int, regions: Sequence[Region] | None, moved: Sequence[Moved]) -> None:
+        """In steps, each right by itself: first the moved are found at their new places, then the others not at all,
+        and when no entry is left in the segment, it goes."""
         environment = self._environment
-        went: list[Region] = []
-        with environment.write() as txn:
-            for region, location in moved:
-                key = ix.block_key(region.content, region.number)
-                txn.put(key, ix.encode_location(key, location), db=environment.blocks)
-                self._touches.discard(key)
-            for region in regions:
-                key = ix.block_key(region.content, region.number)
-                value = txn.get(key, db=environment.blocks)
-                present = None if value is None else ix.decode_location(key, value)
-                if value is not None and (present is None or present.segment == victim):
-                    txn.delete(key, db=environment.blocks)
+        for begin in range(0, len(moved), ix.CHANGES_MAX):
+            with environment.write() as txn:
+                for region, location in moved[begin : begin + ix.CHANGES_MAX]:
+                    key = ix.block_key(region.content, region.number)
+                    txn.put(key, ix.encode_location(key, location), db=environment.blocks)
                     self._touches.discard(key)
-                    went.append(region)
-            if not regions:
-                environment.purge(txn, {victim})
-            for region in went:
-                if len(region.payload) > ix.OBJECT_HASH_BYTES:
-                    _drop_orphan(environment, txn, region.payload[: ix.OBJECT_HASH_BYTES], region.content)
-            self._space.note_moved(txn)
-            txn.delete(ix.segment_key(victim), db=environment.segments)
+                self._space.note_moved(txn)
         self._space.moved_noted()
+        for begin in range(0, len(regions or ()), ix.CHANGES_MAX):
+            with environment.write() as txn:
+                self._forget_regions(txn, victim, (regions or ())[begin : begin + ix.CHANGES_MAX])
+        if regions is None:
+            environment.revise(lambda location: None if location.segment == victim else location)
+        with environment.write() as txn:
+            txn.delete(ix.segment_key(victim), db=environment.segments)
+
+    def _forget_regions(self, txn: ix.Transaction, victim: int, regions: Sequence[Region]) -> None:
+        environment = self._environment
+        for region in regions:
+            key = ix.block_key(region.content, region.number)
+            value = txn.get(key, db=environment.blocks)
+            present = None if value is None else ix.decode_location(key, value)
+            if value is None or (present is not None and present.segment != victim):
+                continue
+            txn.delete(key, db=environment.blocks)
+            self._touches.discard(key)
+            if len(region.payload) > ix.OBJECT_HASH_BYTES:
+                _drop_orphan(environment, txn, region.payload[: ix.OBJECT_HASH_BYTES], region.content)
 
     def sweep_records(self, count: int) -> int:
         """Looks at the next `count` records and drops those of which no block is here: HEAD requests and blocks that

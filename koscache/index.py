@@ -21,7 +21,7 @@ import contextlib
 import os
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
 from typing import Final, TypeAlias
 
@@ -34,6 +34,10 @@ from koscache.disk import Disk, StoreFailed
 from koscache.layout import Region
 
 FORMAT: Final = 1
+#: Entries changed in one transaction where many are to be changed. LMDB copies every page that it touches (about four an
+#: entry, 8 MiB in all) and can use the old ones again only two transactions later: FREE_BYTES is three times that.
+CHANGES_MAX: Final = 512
+FREE_BYTES: Final = 24 << 20
 #: processes x threads of a node that may look things up at one moment
 READERS_MAX: Final = 1024
 _SPARE_TRANSACTIONS: Final = 8
@@ -287,6 +291,12 @@ class Environment:
         """What the environment takes on the disk; it never shrinks."""
         return sum(os.stat(os.path.join(self.path, name)).st_size for name in ("data.mdb", "lock.mdb"))
 
+    def is_filling_up(self) -> bool:
+        """Whether something should go, because LMDB needs free pages even to delete: a fifth of the map, FREE_BYTES at
+        least, two thirds where the map is small."""
+        free = max(self.map_bytes // 5, min(FREE_BYTES, self.map_bytes * 2 // 3))
+        return self.used_bytes() > self.map_bytes - free
+
     def used_bytes(self) -> int:
         """Bytes of pages that hold something now; the rest of the map is free or becomes so."""
         with self.env.begin() as txn:
@@ -296,19 +306,31 @@ class Environment:
                 used += found["branch_pages"] + found["leaf_pages"] + found["overflow_pages"]
             return int(used * found["psize"])
 
-    def purge(self, txn: Transaction, segments: set[int]) -> int:
-        """Removes every block that is in one of the segments, or whose seal does not hold; reads the whole table."""
-        purged = 0
-        with txn.cursor(self.blocks) as cursor:
-            more = cursor.first()
-            while more:
-                location = decode_location(cursor.key(), cursor.value())
-                if location is not None and location.segment not in segments:
+    def revise(self, judge: Callable[[Location], Location | None]) -> tuple[int, int]:
+        """Goes through every block: None removes it, another location replaces it; one whose seal does not hold is
+        removed. In many small transactions, see CHANGES_MAX. Returns (removed, replaced). Raises StoreFailed."""
+        removed = replaced = 0
+        after: bytes | None = b""
+        while after is not None:
+            with self.write() as txn, txn.cursor(self.blocks) as cursor:
+                more = cursor.set_range(after) if after else cursor.first()
+                left = CHANGES_MAX
+                while more and left:
+                    key = cursor.key()
+                    location = decode_location(key, cursor.value())
+                    wanted = None if location is None else judge(location)
+                    if wanted is None:
+                        more = cursor.delete() and bool(cursor.key())  # then stands on the next one
+                        removed += 1
+                        left -= 1
+                        continue
+                    if wanted != location:
+                        cursor.put(key, encode_location(key, wanted))
+                        replaced += 1
+                        left -= 1
                     more = cursor.next()
-                    continue
-                purged += 1
-                more = cursor.delete() and bool(cursor.key())  # then stands on the next one
-        return purged
+                after = cursor.key() if more else None
+        return removed, replaced
 
     def put_unverified(self, txn: Transaction, segment: int, regions: Iterable[Region]) -> int:
         """Puts the segment's entries, to be checked before use, where the index has them in this segment or not at all.

@@ -3,7 +3,7 @@
     index trusted  (same boot, or closed cleanly; it opens)
         segments that it knows and that are as they were left     kept, nothing is read
         segments that were being filled                           walked; entries unverified; filled further
-        missing, of another size, written to since                suspect: its entries go, what can be read comes back
+        missing, of another size, written to since                suspect: what is inside the file is unverified, the rest goes
         files that it does not know                               unlinked
     index rebuilt  (all else)
         every segment: footer, else walk; entries unverified, records to be revalidated
@@ -29,7 +29,7 @@ import lmdb
 import msgspec
 
 from koscache import index as ix
-from koscache.content import StoreConfig
+from koscache.content import Location, StoreConfig
 from koscache.disk import Disk, StoreFailed, disk_errors
 from koscache.index import Environment, IndexBroken, IndexFull, Pointer, SegmentRow, SegmentState
 from koscache.layout import Region
@@ -45,7 +45,8 @@ from koscache.segments import (
 #: an index whose daemon died this often without living for STARTS_FORGOTTEN_S is not opened again
 STARTS_MAX: Final = 5
 STARTS_FORGOTTEN_S: Final = 60.0
-_SEGMENTS_PER_TRANSACTION: Final = 32
+#: 50 000 entries and records of 500 bytes are 25 MiB of dirty pages; LMDB allows 512
+_ENTRIES_PER_TRANSACTION: Final = 50_000
 
 
 class RecoveryPolicy(Enum):
@@ -178,18 +179,21 @@ class Recovery:
         for segment in [each for each in files if each not in known]:
             self._disk.unlink(segment_path(self._dir, segment))  # died between making or evicting and the index
             del files[segment]
-        findings: dict[int, _Finding] = {}
+        suspects: dict[int, int] = {}  # segment -> bytes that it has
+        filling: list[SegmentFile] = []
         try:
             for segment, row in known.items():
-                finding = self._inspect(segment, row, files.get(segment), trust)
-                if finding is not None:
-                    findings[segment] = finding
-            with environment.write() as txn:
-                self._apply(environment, txn, known, findings)
-            filling = self._resume(known, findings)
+                untouched = files.get(segment) == (row.size, row.mtime_ns)
+                if row.state is SegmentState.SEALED and untouched:
+                    continue
+                checked = untouched and trust is Trust.CLEAN
+                if not self._take_up(environment, segment, row, filling, is_there=segment in files, checked=checked):
+                    suspects[segment] = files[segment][0] if segment in files else 0
+            if suspects:
+                self._suspect(environment, known, suspects)
         except BaseException:
-            for finding in findings.values():
-                _close(self._disk, finding.fd)
+            for each in filling:
+                each.close()
             raise
         newest = max(files, default=-1) + 1
         return Recovered(
@@ -203,22 +207,69 @@ class Recovery:
             self._segments_dropped,
         )
 
-    def _inspect(self, segment: int, row: SegmentRow, file: tuple[int, int] | None, trust: Trust) -> _Finding | None:
-        """None: the segment is as it was left, and sealed."""
-        untouched = file == (row.size, row.mtime_ns)
-        if row.state is SegmentState.SEALED and untouched:
-            return None
-        walk, fd = self._read(segment) if file is not None else (None, -1)
-        if row.state is SegmentState.OPEN and walk is not None and walk.clean and walk.position >= row.position:
-            # A segment that was being filled: the index knows nothing that the walk does not. After a clean close
-            # nobody has written to it since, else its blocks are checked before they are used.
-            return _Finding(walk, fd, suspect=False, unverified=not (untouched and trust is Trust.CLEAN))
-        if walk is not None and self._policy is RecoveryPolicy.STRICT:
+    def _take_up(
+        self,
+        environment: Environment,
+        segment: int,
+        row: SegmentRow,
+        filling: list[SegmentFile],
+        *,
+        is_there: bool,
+        checked: bool,
+    ) -> bool:
+        """Goes on filling a segment, if it is whole: then the index knows nothing of it that the walk does not. False:
+        it is not whole, or was sealed.
+
+        checked: closed cleanly, and nobody has written to it since. Else its blocks are checked before they are used.
+        """
+        if row.state is not SegmentState.OPEN or not is_there:
+            return False
+        walk, fd = self._read(segment)
+        if walk is None or not walk.clean or walk.position < row.position or walk.size != row.size:
             _close(self._disk, fd)
-            walk = None
-        return _Finding(walk, fd if walk is not None else -1, suspect=True, unverified=True)
+            return False
+        each = SegmentFile.resume(self._disk, segment_path(self._dir, segment), fd, walk)
+        filling.append(each)
+        if not checked:
+            for begin in range(0, len(walk.blocks), ix.CHANGES_MAX):
+                with environment.write() as txn:
+                    environment.put_unverified(txn, segment, walk.blocks[begin : begin + ix.CHANGES_MAX])
+        return True
+
+    def _suspect(self, environment: Environment, known: dict[int, SegmentRow], suspects: dict[int, int]) -> None:
+        """Segments that are not as they were left. The index still knows where each block was and its checksum: what
+        lies inside the file is checked before its next use (or dropped, if strict); nobody writes to the file again,
+        because what lies behind a garbled header may be in use."""
+        strict = self._policy is RecoveryPolicy.STRICT
+
+        def judge(location: Location) -> Location | None:
+            size = suspects.get(location.segment)
+            if size is None:
+                return location
+            if strict or location.offset + location.length > size:
+                return None
+            return location._replace(verified=False)
+
+        self._dropped += environment.revise(judge)[0]
+        for segment, size in suspects.items():
+            path = segment_path(self._dir, segment)
+            if strict or size == 0:
+                self._disk.unlink(path)
+                self._segments_dropped += 1
+                del known[segment]
+            else:
+                mtime_ns = self._disk.stat(path)[1]
+                known[segment] = SegmentRow(SegmentState.SEALED, size, mtime_ns, known[segment].position)
+        with environment.write() as txn:
+            for segment in suspects:
+                key = ix.segment_key(segment)
+                if segment in known:
+                    txn.put(key, ix.encode_segment(known[segment]), db=environment.segments)
+                else:
+                    txn.delete(key, db=environment.segments)
 
     def _read(self, segment: int) -> tuple[Walk | None, int]:
+        """(None, -1): not a segment of this store."""
         path = segment_path(self._dir, segment)
         fd = self._disk.open(path, os.O_RDWR)
         try:
@@ -230,50 +281,6 @@ class Recovery:
             _close(self._disk, fd)
             return None, -1
         return walk, fd
-
-    def _apply(
-        self,
-        environment: Environment,
-        txn: ix.Transaction,
-        known: dict[int, SegmentRow],
-        findings: dict[int, _Finding],
-    ) -> None:
-        """Brings index rows and entries in line with what was found."""
-        suspects = {segment for segment, finding in findings.items() if finding.suspect}
-        if suspects:
-            self._dropped += environment.purge(txn, suspects)
-        for segment, finding in findings.items():
-            if finding.walk is None:
-                self._disk.unlink(segment_path(self._dir, segment))
-                self._segments_dropped += 1
-                txn.delete(ix.segment_key(segment), db=environment.segments)
-                del known[segment]
-                continue
-            if finding.unverified:
-                put = environment.put_unverified(txn, segment, finding.walk.blocks)
-                self._dropped -= put if finding.suspect else 0
-            known[segment] = self._row(finding)
-            txn.put(ix.segment_key(segment), ix.encode_segment(known[segment]), db=environment.segments)
-        self._dropped = max(self._dropped, 0)
-
-    def _row(self, finding: _Finding) -> SegmentRow:
-        """Sealed: by its footer; or frozen as it is, because what lies behind something garbled may be in use."""
-        assert finding.walk is not None
-        walk = finding.walk
-        sealed = walk.sealed or not walk.clean or finding.suspect
-        state = SegmentState.SEALED if sealed else SegmentState.OPEN
-        return SegmentRow(state, walk.size, self._disk.mtime_ns(finding.fd), walk.position)
-
-    def _resume(self, known: dict[int, SegmentRow], findings: dict[int, _Finding]) -> list[SegmentFile]:
-        """The segments that can be filled further, with their descriptors; those of the others are closed."""
-        filling: list[SegmentFile] = []
-        for segment, finding in findings.items():
-            if finding.walk is None or known[segment].state is SegmentState.SEALED:
-                _close(self._disk, finding.fd)
-                continue
-            path = segment_path(self._dir, segment)
-            filling.append(SegmentFile.resume(self._disk, path, finding.fd, finding.walk))
-        return filling
 
     # ---- the index is built anew
 
@@ -319,60 +326,48 @@ class Recovery:
     def _fill_index(
         self, environment: Environment, newest_first: list[int], filling: list[SegmentFile], *, same_boot: bool
     ) -> dict[int, SegmentRow]:
-        """Newest first and never overwriting: of two copies the newer stays, and if the map gets full, the oldest
-        go."""
+        """Newest first and never overwriting: of two copies the newer stays, and if the map gets full, the oldest go."""
         rows: dict[int, SegmentRow] = {}
+        pending = _Pending(environment)
         full = False
-        for begin in range(0, len(newest_first), _SEGMENTS_PER_TRANSACTION):
-            batch = newest_first[begin : begin + _SEGMENTS_PER_TRANSACTION]
-            added: dict[int, SegmentRow] = {}
-            if not full:
-                try:
-                    with environment.write() as txn:
-                        for segment in batch:
-                            row = self._rebuild_segment(environment, txn, segment, filling, same_boot=same_boot)
-                            if row is not None:
-                                added[segment] = row
-                except IndexFull:
-                    full = True
-                    for each in [each for each in filling if each.id in batch]:
-                        filling.remove(each)
-                        each.close()
-                    added = {}
-            for segment in batch:
-                if segment not in added:
-                    self._disk.unlink(segment_path(self._dir, segment))
-                    self._segments_dropped += 1
-            rows |= added
-        return dict(sorted(rows.items()))
-
-    def _rebuild_segment(
-        self,
-        environment: Environment,
-        txn: ix.Transaction,
-        segment: int,
-        filling: list[SegmentFile],
-        *,
-        same_boot: bool,
-    ) -> SegmentRow | None:
-        walk, fd = self._read(segment)
-        if walk is None:
-            return None
-        try:
-            if not walk.sealed and not walk.clean and self._policy is RecoveryPolicy.STRICT:
-                return None
-            _put_rebuilt(environment, txn, segment, walk.blocks)
+        for segment in newest_first:
+            walk, fd = (None, -1) if full else self._read(segment)
+            if walk is None or (not walk.clean and self._policy is RecoveryPolicy.STRICT):
+                _close(self._disk, fd)
+                self._disk.unlink(segment_path(self._dir, segment))
+                self._segments_dropped += 1
+                continue
             if walk.sealed or not (walk.clean and same_boot):
                 # After a power failure the file may hold, behind the walk's end, what was never known: not filled on.
-                row = SegmentRow(SegmentState.SEALED, walk.size, self._disk.mtime_ns(fd), walk.position)
+                rows[segment] = SegmentRow(SegmentState.SEALED, walk.size, self._disk.mtime_ns(fd), walk.position)
+                _close(self._disk, fd)
             else:
-                row = SegmentRow(SegmentState.OPEN, walk.size, 0, walk.position)
+                rows[segment] = SegmentRow(SegmentState.OPEN, walk.size, 0, walk.position)
                 filling.append(SegmentFile.resume(self._disk, segment_path(self._dir, segment), fd, walk))
-                fd = -1
-            txn.put(ix.segment_key(segment), ix.encode_segment(row), db=environment.segments)
-            return row
-        finally:
-            _close(self._disk, fd)
+            try:
+                pending.add(segment, rows[segment], walk.blocks)
+            except IndexFull:
+                full = True
+        try:
+            pending.flush()
+        except IndexFull:
+            full = True
+        if full:
+            self._drop_unindexed(environment, rows, filling, pending.done)
+        return dict(sorted(rows.items()))
+
+    def _drop_unindexed(
+        self, environment: Environment, rows: dict[int, SegmentRow], filling: list[SegmentFile], done: set[int]
+    ) -> None:
+        """The index holds no more: segments that did not get into it whole go. Entries of theirs that did find no
+        segment, which is a miss, and are overwritten or swept in time."""
+        for segment in [each for each in rows if each not in done]:
+            del rows[segment]
+            for each in [each for each in filling if each.id == segment]:
+                filling.remove(each)
+                each.close()
+            self._disk.unlink(segment_path(self._dir, segment))
+            self._segments_dropped += 1
 
     def _files(self) -> dict[int, tuple[int, int]]:
         """Segment files there are: id -> (size, mtime in ns)."""
@@ -381,14 +376,42 @@ class Recovery:
         return {segment: self._disk.stat(segment_path(self._dir, segment)) for segment in ids}
 
 
-class _Finding(NamedTuple):
-    """walk: None when nothing can be read. suspect: its index entries go first. unverified: its entries are put
-    anew."""
+class _Pending:
+    """Entries on their way into a new index, many to a transaction but not too many."""
 
-    walk: Walk | None
-    fd: int
-    suspect: bool
-    unverified: bool
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._rows: list[tuple[bytes, bytes]] = []
+        self._blocks: list[tuple[bytes, bytes]] = []
+        self._records: list[tuple[bytes, bytes]] = []
+        self._segments: list[int] = []
+        self.done: set[int] = set()
+
+    def add(self, segment: int, row: SegmentRow, regions: list[Region]) -> None:
+        """Raises IndexFull."""
+        for region in regions:
+            self._blocks.append(ix.unverified(segment, region))
+            if len(region.payload) > ix.OBJECT_HASH_BYTES:
+                hashed, value = region.payload[: ix.OBJECT_HASH_BYTES], region.payload[ix.OBJECT_HASH_BYTES :]
+                self._records.append((hashed, value))
+            if len(self._blocks) >= _ENTRIES_PER_TRANSACTION:
+                self.flush()
+        self._rows.append((ix.segment_key(segment), ix.encode_segment(row)))
+        self._segments.append(segment)
+
+    def flush(self) -> None:
+        """Raises IndexFull."""
+        environment = self._environment
+        blocks, records, rows, segments = self._blocks, self._records, self._rows, self._segments
+        self._blocks, self._records, self._rows, self._segments = [], [], [], []
+        with environment.write() as txn:
+            with txn.cursor(environment.blocks) as cursor:
+                cursor.putmulti(blocks, overwrite=False)
+            with txn.cursor(environment.objects) as cursor:
+                cursor.putmulti(records, overwrite=False)
+            with txn.cursor(environment.segments) as cursor:
+                cursor.putmulti(rows)
+        self.done.update(segments)
 
 
 class _TooLarge(Exception):
@@ -432,20 +455,6 @@ def _read_rows(environment: Environment) -> tuple[dict[int, SegmentRow], int]:
     if raw is None:
         raise IndexBroken("index does not know the next segment")
     return rows, ix.parse_segment_key(raw)
-
-
-def _put_rebuilt(environment: Environment, txn: ix.Transaction, segment: int, regions: list[Region]) -> None:
-    """Puts entries and their records where the new index has none."""
-    blocks = [ix.unverified(segment, region) for region in regions]
-    with txn.cursor(environment.blocks) as cursor:
-        cursor.putmulti(blocks, overwrite=False)
-    records = [
-        (region.payload[: ix.OBJECT_HASH_BYTES], region.payload[ix.OBJECT_HASH_BYTES :])
-        for region in regions
-        if len(region.payload) > ix.OBJECT_HASH_BYTES
-    ]
-    with txn.cursor(environment.objects) as cursor:
-        cursor.putmulti(records, overwrite=False)
 
 
 def mark(disk: Disk, cache_dir: str, pointer: Pointer, **changes: object) -> Pointer:

@@ -214,12 +214,13 @@ class SegmentFile:
                 self._disk.truncate(self.fd, size)
             self.size = size
             self._disk.write(self.fd, self.table, at)
-        disk, fd = self._disk, self.fd
+        disk, fd, directory = self._disk, self.fd, os.path.dirname(self.path)
 
         def finish() -> int:
             disk.sync(fd)
             disk.write(fd, trailer, size - TRAILER_BYTES)
             disk.sync(fd)
+            disk.sync_dir(directory)
             return disk.mtime_ns(fd)
 
         return finish

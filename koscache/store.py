@@ -58,8 +58,6 @@ from koscache.space import SEGMENTS_WANTED, Limits, Space, work_out_limits
 __all__ = ["RecoveryPolicy", "RecoveryReport", "ScrubReport", "Stats", "Store", "StoreFailed"]
 
 _T = TypeVar("_T")
-#: of the map: above, records without blocks and then segments go, because LMDB needs free pages even to delete
-_INDEX_SHARE: Final = 0.8
 _INDEX_TRIES: Final = 4
 _SWEEP_RECORDS: Final = 5000
 _HOUSEKEEPING_S: Final = 60.0
@@ -378,9 +376,7 @@ class Store:
 
     def _make_index_room(self) -> None:
         for _ in range(_INDEX_TRIES):
-            if self._environment.used_bytes() <= self._environment.map_bytes * _INDEX_SHARE:
-                return
-            if not self._shrink_index():
+            if not self._environment.is_filling_up() or not self._shrink_index():
                 return
 
     def _shrink_index(self) -> bool:
