@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -360,26 +360,32 @@ async def test_an_unverified_block_is_checked_before_its_first_use(node: CacheNo
     with open(path, "r+b") as file:
         file.seek(located.offset + 100)
         file.write(b"garbage")
-    assert node.daemon is not None
-    unverified: dict[bytes, bool] = {}
-    real = worker.reader.locate
-
-    def locate(content: bytes, number: int) -> Any:
-        found = real(content, number)
-        return None if found is None else found._replace(verified=unverified.get(content, False))
-
-    with contextlib.ExitStack() as stack:
-        patch = pytest.MonkeyPatch()
-        stack.callback(patch.undo)
-        patch.setattr(worker.reader, "locate", locate)
-        opened = await node.open("b", "k", worker=1)
-        reading = worker.carrier.body(opened, 0, 100)
-        checked = asyncio.ensure_future(worker.carrier._blocks.verify(record, 0))
-        assert await checked is False
-        await reading.aclose()
-        opened.close()
-    assert worker.reader.locate(record.content, 0) is None
+    assert not await worker.carrier._blocks.verify(record, 0)
+    assert await worker.carrier._blocks.verify(record, 1)
+    assert worker.reader.locate(record.content, 0) is None, "what is wrong is dropped"
     assert await node.read("b", "k", worker=1) == body
+    await node.settled()
+    assert node.fast("b", "k") == body
+
+
+async def test_a_store_recovered_after_a_crash_serves_what_is_right_and_refills_the_rest(tmp_path: Path) -> None:
+    async with CacheNode(tmp_path, workers=1) as node:
+        bodies = {f"k{each}": os.urandom(3 * BLOCK) for each in range(4)}
+        for key, body in bodies.items():
+            node.origin.put("b", key, body)
+            await node.read("b", key)
+        await node.settled()
+        await node.stop_daemon()
+        for path in Path(node.config.cache.dir).glob("index*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        await node.start_daemon()
+        await until(lambda: node.workers[0].carrier.caching)
+        node.origin.forget()
+        for key, body in bodies.items():
+            assert await node.read("b", key) == body
+        statuses = [each.status for each in node.origin.requests]
+        assert statuses.count(304) == 4, "a rebuilt record is revalidated, its blocks are kept"
+        assert len(statuses) == 4
 
 
 async def test_every_way_a_leader_fails_has_a_name() -> None:
