@@ -139,6 +139,7 @@ class CacheNode:
         await worker.carrier.close()
         await worker.origin.close()
         worker.reader.close()
+        worker.reader.fence.close()
 
     async def open(self, bucket: str, key: str, want: Want | None = None, *, worker: int = 0) -> Opened:
         return await self.workers[worker].carrier.open(bucket, key, want or Want())
@@ -204,7 +205,7 @@ def take(piece: Piece) -> bytes:
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Lets the loop turn until the condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        for _ in iter(condition, True):
             await asyncio.sleep(0.001)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from koscache import ipc
 from koscache.content import Extent, Record
+from tests.fakes.cache_node import until
 
 RECORD = Record('"e"', 5, "", (("a", "é"),), (), False, b"c" * 16, 1.5, 7)
 SAMPLES: list[ipc.Message] = [
@@ -104,8 +105,8 @@ async def test_a_connection_carries_messages_and_tells_its_end(tmp_path: Path) -
 
 async def test_a_peer_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
     here, there, server = await pair(tmp_path)
-    while there.connection is None:
-        await asyncio.sleep(0)
+    await until(lambda: there.connection is not None)
+    assert there.connection is not None
     there.connection.pause_reading()
     assert here.connection is not None
     message = ipc.Touches([(b"c" * 16, each) for each in range(1000)])

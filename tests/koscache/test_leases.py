@@ -1,6 +1,6 @@
 """Races of the lease table as scripts: what happens, line by line, and what the daemon must do about it.
 
-    script(leases, (event, [commands]), ...): each event is a call, each list exactly what it must return, in order.
+script(leases, (event, [commands]), ...): each event is a call, each list exactly what it must return, in order.
 """
 
 from __future__ import annotations
