@@ -22,7 +22,6 @@ import os
 import random
 import struct
 import time
-from array import array
 from typing import Final
 
 from xxhash import xxh3_64_intdigest
@@ -104,7 +103,7 @@ class Fence:
 
     def bump_all(self) -> None:
         """Every record is fenced: for when it is unknown what was written."""
-        self._slots[:] = memoryview(_random_slots()).cast("B").cast("Q")
+        self._slots[:] = memoryview(_random_slots()).cast("Q")
 
     def current(self) -> bool:
         """Whether the mapped file is still the one at its path; if not, open anew."""
@@ -144,11 +143,11 @@ def _open_valid(path: str, boot_id: str) -> int | None:
     return None
 
 
-def _random_slots() -> array[int]:
-    slots = array("Q", os.urandom(SLOTS * 8))
-    while 0 in slots:  # once in 2^44 times
-        slots[slots.index(0)] = random.SystemRandom().getrandbits(63) + 1
-    return slots
+def _random_slots() -> bytes:
+    while True:
+        slots = os.urandom(SLOTS * 8)
+        if bytes(8) not in slots:  # no slot is 0; fails once in 2^41 times
+            return slots
 
 
 def _create(path: str, boot_id: str) -> int:
@@ -159,7 +158,7 @@ def _create(path: str, boot_id: str) -> int:
     try:
         os.posix_fallocate(fd, 0, FENCE_BYTES)
         os.pwrite(fd, _header(boot_id), 0)
-        body = memoryview(_random_slots()).cast("B")
+        body = memoryview(_random_slots())
         written = 0
         while written < len(body):
             written += os.pwrite(fd, body[written:], _HEADER_BYTES + written)

@@ -45,8 +45,10 @@ from koscache.segments import (
 #: an index whose daemon died this often without living for STARTS_FORGOTTEN_S is not opened again
 STARTS_MAX: Final = 5
 STARTS_FORGOTTEN_S: Final = 60.0
-#: 50 000 entries and records of 500 bytes are 25 MiB of dirty pages; LMDB allows 512
-_ENTRIES_PER_TRANSACTION: Final = 50_000
+#: keys and values put in one transaction; LMDB allows 512 MiB of dirty pages. Less if the map is small, so that it does
+#: not get full in one step.
+_TRANSACTION_BYTES: Final = 24 << 20
+_BLOCK_BYTES: Final = 64  # key, value and what LMDB adds
 
 
 class RecoveryPolicy(Enum):
@@ -385,6 +387,8 @@ class _Pending:
         self._blocks: list[tuple[bytes, bytes]] = []
         self._records: list[tuple[bytes, bytes]] = []
         self._segments: list[int] = []
+        self._bytes = 0
+        self._bytes_max = min(_TRANSACTION_BYTES, environment.map_bytes // 16)
         self.done: set[int] = set()
 
     def add(self, segment: int, row: SegmentRow, regions: list[Region]) -> None:
@@ -394,16 +398,19 @@ class _Pending:
             if len(region.payload) > ix.OBJECT_HASH_BYTES:
                 hashed, value = region.payload[: ix.OBJECT_HASH_BYTES], region.payload[ix.OBJECT_HASH_BYTES :]
                 self._records.append((hashed, value))
-            if len(self._blocks) >= _ENTRIES_PER_TRANSACTION:
+                self._bytes += len(value)
+            self._bytes += _BLOCK_BYTES
+            if self._bytes >= self._bytes_max:
                 self.flush()
         self._rows.append((ix.segment_key(segment), ix.encode_segment(row)))
         self._segments.append(segment)
 
     def flush(self) -> None:
-        """Raises IndexFull."""
+        """Raises IndexFull: also when all went in, but no more should."""
         environment = self._environment
         blocks, records, rows, segments = self._blocks, self._records, self._rows, self._segments
         self._blocks, self._records, self._rows, self._segments = [], [], [], []
+        self._bytes = 0
         with environment.write() as txn:
             with txn.cursor(environment.blocks) as cursor:
                 cursor.putmulti(blocks, overwrite=False)
@@ -412,6 +419,8 @@ class _Pending:
             with txn.cursor(environment.segments) as cursor:
                 cursor.putmulti(rows)
         self.done.update(segments)
+        if environment.is_filling_up():
+            raise IndexFull("index full: no more segments")
 
 
 class _TooLarge(Exception):

@@ -15,6 +15,7 @@ names is right even if the process dies at any instruction.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Sequence
@@ -121,18 +122,18 @@ class Store:
         with disk_errors("opening the store"):
             disk.make_dir(config.dir)
         lock = _lock(config.dir)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, lock)
             with disk_errors("opening the fence"):
                 fence = Fence.open(config.dir, boot_id)
-            try:
-                recovered = Recovery(config, disk, clock, boot_id, policy).run()
-            except BaseException:
-                fence.close()
-                raise
-            return cls(config, clock, disk, limits, lock, fence, recovered, began)
-        except BaseException:
-            os.close(lock)
-            raise
+            undo.callback(fence.close)
+            recovered = Recovery(config, disk, clock, boot_id, policy).run()
+            undo.callback(recovered.environment.detach)
+            for segment in recovered.filling:
+                undo.callback(segment.close)
+            store = cls(config, clock, disk, limits, lock, fence, recovered, began)
+            undo.pop_all()
+        return store
 
     def __init__(
         self,
@@ -336,6 +337,7 @@ class Store:
                 return outcome
             except IndexFull:
                 if attempt + 1 == _INDEX_TRIES or not self._shrink_index():
+                    self._distrust()  # built anew, it gets no fuller than it may
                     raise
             except IndexBroken:
                 self._distrust()
@@ -431,7 +433,7 @@ class Store:
             return False
         good = self._space.checksum(location) == location.checksum
         self._judge(content, number, location, good=good)
-        return good
+        return good and location.segment in self._space.live
 
     def _judged(self, judged: Judged) -> None:
         self._judge(judged.region.content, judged.region.number, judged.location, good=judged.good)
