@@ -16,7 +16,7 @@ from kos.s3.conditions import CONDITION_HEADERS
 from kos.s3.head import RequestHead
 from kos.s3.operation import Operation
 from kos.s3.sigv4 import Identity
-from koscache.carrier import Changed, FilePiece, Opened, Phase, Want
+from koscache.carrier import Changed, FilePiece, Opened, Phase, Reason, Want
 from kosproxy.exchange import Exchange
 
 #: An object that changes faster than it can be opened this often is answered with "try again".
@@ -61,17 +61,25 @@ async def read(exchange: Exchange, operation: Operation, identity: Identity) -> 
     raise S3Error("SlowDown", "The object changes faster than it can be read.", headers={"Retry-After": "1"})
 
 
-async def _send(exchange: Exchange, operation: Operation, opened: Opened) -> None:
-    parts = exchange.parts
-    answer = object_response.answer(
+def _answer(exchange: Exchange, operation: Operation, opened: Opened) -> object_response.ObjectAnswer:
+    return object_response.answer(
         exchange.head,
         operation.params,
         opened.record.meta,
         cache_note=exchange.cache_note or "",
         age_s=None if opened.age_s is None else int(opened.age_s),
         request_id=exchange.request_id,
-        date=object_response.http_date(parts.clock.now()),
+        date=object_response.http_date(exchange.parts.clock.now()),
     )
+
+
+async def _send(exchange: Exchange, operation: Operation, opened: Opened) -> None:
+    parts = exchange.parts
+    answer = _answer(exchange, operation, opened)
+    if answer.start == answer.stop and opened.reason is Reason.BLOCK:
+        # Not all of the body is here, but none of it is wanted (304): the record was enough.
+        exchange.phase, exchange.reason = Phase.HIT, Reason.FRESH
+        answer = _answer(exchange, operation, opened)
     exchange.begin(answer.status, answer.headers, answer.stop - answer.start)
     if answer.start == answer.stop:
         await exchange.finish()

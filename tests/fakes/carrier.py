@@ -12,7 +12,7 @@ import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 from kos.errors import OriginRefused
 from kos.rules import Rule
@@ -92,16 +92,16 @@ class FakeCarrier:
         if stored is None:
             raise OriginRefused(404, [("content-type", "application/xml")], b"<Error><Code>NoSuchKey</Code></Error>")
         self.open_opened += 1
-        hit = not stored.hidden and stored.freshness is Freshness.FRESH
+        hit = (want.head_only or not stored.hidden) and stored.freshness is Freshness.FRESH
         return Opened(
             bucket,
             key,
             stored.record,
             Phase.HIT if hit else Phase.MISS,
             Reason.FRESH if hit else Reason.BLOCK,
-            age_s=stored.age_s if hit else None,
+            age_s=stored.age_s if stored.freshness is Freshness.FRESH else None,
             want=want,
-            on_close=self._closed,
+            ticket=cast(Any, _FakeTicket(self)),
         )
 
     def body(self, opened: Opened, start: int, stop: int) -> FakeBody:
@@ -117,14 +117,19 @@ class FakeCarrier:
             self.fenced.remove((bucket, tuple(keys)))
             self.writes.append((bucket, tuple(keys)))
 
-    def _closed(self) -> None:
-        self.open_opened -= 1
-
     def _pieces(self, stored: Stored, start: int, stop: int) -> Iterable[FilePiece]:
         while start < stop:
             length = min(BLOCK - start % BLOCK, stop - start)
             yield FilePiece(self.fd, stored.offset + start, length, 0)
             start += length
+
+
+class _FakeTicket:
+    def __init__(self, carrier: FakeCarrier) -> None:
+        self._carrier = carrier
+
+    def disown(self) -> None:
+        self._carrier.open_opened -= 1
 
 
 class FakeBody:
