@@ -134,7 +134,6 @@ class FaultyDisk(OsDisk):
 
     def sync(self, fd: int) -> None:
         def work() -> None:
-            OsDisk.sync(self, fd)
             self._before.pop(self._paths[fd], None)
 
         self._run("sync", self._paths[fd], work)
