@@ -34,6 +34,8 @@ SETTINGS: dict[str, Any] = {
         "min_free": "1MiB",
     },
     "origin": {"retries": 2, "retry_base": "20ms", "breaker_open": "200ms", "read_timeout": "5s"},
+    # Killed every few seconds, and wanted back at once: the usual back-off would leave the node down most of the time.
+    "supervisor": {"restart_base": "50ms", "restart_max": "300ms"},
     "rules": [
         {"match": "short", "freshness": "500ms", "stale_if_error": "0s"},
         {"match": "always", "freshness": "always", "stale_if_error": "0s"},

@@ -78,6 +78,11 @@ class Workload:
             try:
                 await getattr(self, f"_{kind}")(session, rng, place)
                 self.outcomes[kind] += 1
+            except aiohttp.ClientConnectorError:
+                # No worker listens just now: that is no operation, and asking in a tight loop would only slow their start.
+                self.outcomes["refused"] += 1
+                self._remaining += 1
+                await asyncio.sleep(0.05)
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as broken:
                 self.outcomes[f"{kind} broken: {type(broken).__name__}"] += 1
             except TimeoutError:
