@@ -75,11 +75,14 @@ class Inbound:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The decoded body in pieces, the last one only after everything was verified."""
         held = b""
+        left = self.length
         async for piece in self._decoded():
-            self.check.update(piece)
-            if held:
-                yield held
-            held = piece
+            self.check.update(piece)  # raises before the body can become longer than announced
+            left -= len(piece)
+            if left:
+                yield piece
+            else:
+                held = piece
         if self._decoder is not None:
             self._decoder.finish()
         self.check.finish(self.trailers)
