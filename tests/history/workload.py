@@ -109,6 +109,8 @@ class Workload:
             note = answer.headers.get("x-kos-cache", "")
             read = Read(place, began, time.monotonic(), answer.status, answer.headers.get("ETag"), body, wanted, note)
         self.outcomes[f"read {answer.status} {note.partition(';')[0]}"] += 1
+        if answer.status == 500 and b"<Code>InternalError</Code>" in body:
+            self.violations.append(f"{place} {wanted}: kos failed inside: {body!r}")
         if answer.status in (500, 502, 503, 504) or answer.status == 416:
             return
         verdict = self.ledger.violation(read)
