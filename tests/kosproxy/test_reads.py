@@ -1,0 +1,111 @@
+"""Object reads in the slow lane when something goes wrong: never a wrong body, never a hang, everything given back."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kos.errors import OriginBroken, OriginRefused, OriginUnavailable, S3Error
+from kos.s3.object_response import ObjectMeta
+from kos.s3.sigv4 import sign_headers
+from koscache.carrier import Freshness
+from tests.fakes.carrier import BLOCK, Changed, FakeCarrier
+from tests.fakes.proxy import ACCESS_KEY, NOW, SECRET_KEY, Proxy
+
+BODY = bytes(range(251)) * 2000
+
+
+@pytest.fixture
+def proxy(tmp_path: Any) -> Iterator[Proxy]:
+    carrier = FakeCarrier(tmp_path / "store")
+    for key, hidden in (("here", False), ("filling", True)):
+        stored = carrier.put("bucket", key, BODY, ObjectMeta('"e"', len(BODY), "", ()))
+        stored.hidden = hidden
+        stored.freshness = Freshness.EXPIRED
+    with Proxy(carrier).running() as one:
+        yield one
+    assert (carrier.borrowed, carrier.open_bodies, carrier.open_opened) == (0, 0, 0)
+    carrier.close_file()
+
+
+def get(proxy: Proxy, key: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+    """Status (0: closed without an answer), headers, and all bytes until the connection ended."""
+    headers = {"host": "kos.test", "connection": "close"}
+    common: dict[str, Any] = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY, "region": "us-east-1", "now": NOW}
+    headers |= sign_headers(method, f"/bucket/{key}", "", {"host": "kos.test"}, session_token=None, **common)
+    head = f"{method} /bucket/{key} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n"
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as connection:
+        connection.sendall(head.encode())
+        received = b""
+        with contextlib.suppress(ConnectionResetError):  # an aborted response may end in a reset
+            while piece := connection.recv(1 << 20):
+                received += piece
+    if not received:
+        return 0, {}, b""
+    raw_head, _, body = received.partition(b"\r\n\r\n")
+    lines = [line.partition(": ") for line in raw_head.decode().split("\r\n")]
+    return int(lines[0][0].split()[1]), {name.lower(): value for name, _, value in lines[1:]}, body
+
+
+@pytest.mark.parametrize("key", ["here", "filling"])
+def test_a_whole_body(proxy: Proxy, key: str) -> None:
+    status, headers, body = get(proxy, key)
+    assert (status, body) == (200, BODY) and headers["connection"] == "close"
+    (line,) = proxy.lines
+    assert (line.bytes, line.phase, line.lane) == (len(BODY), "miss", "slow")
+
+
+@pytest.mark.parametrize("key", ["here", "filling"])
+@pytest.mark.parametrize("failure", [Changed("x"), OriginBroken("x"), OriginUnavailable("x"), ValueError("a bug")])
+def test_what_fails_after_the_head_breaks_off(proxy: Proxy, key: str, failure: Exception) -> None:
+    proxy.carrier.body_fails.append((2, failure))
+    status, headers, body = get(proxy, key)
+    assert status == 200 and int(headers["content-length"]) == len(BODY)
+    assert body == BODY[: 2 * BLOCK]
+    assert proxy.lines[0].error == type(failure).__name__ and proxy.lines[0].bytes == 2 * BLOCK
+
+
+def test_a_change_before_the_first_byte_starts_over(proxy: Proxy) -> None:
+    proxy.carrier.body_fails += [(0, Changed("x")), (0, Changed("x"))]
+    assert get(proxy, "filling")[2] == BODY
+    assert proxy.carrier.opens == 3
+
+
+def test_an_object_that_changes_all_the_time_is_given_up(proxy: Proxy) -> None:
+    proxy.carrier.body_fails += [(0, Changed("x"))] * 100
+    status, headers, body = get(proxy, "filling")
+    assert status == 503 and b"SlowDown" in body and headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (S3Error("ServiceUnavailable", headers={"Retry-After": "7"}), 503, b"ServiceUnavailable"),
+        (OriginUnavailable("x", retry_after_s=2.5), 503, b"ServiceUnavailable"),
+        (OriginBroken("x"), 503, b"ServiceUnavailable"),
+        (OriginRefused(403, [("content-type", "application/xml"), ("x-amz-request-id", "theirs")], b"<Theirs/>"), 403, b"<Theirs/>"),
+        (ValueError("a bug"), 500, b"InternalError"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_what_fails_before_the_head_is_answered(
+    proxy: Proxy, failure: Exception, status: int, code: bytes, method: str
+) -> None:
+    proxy.carrier.open_fails.append(failure)
+    got, headers, body = get(proxy, "here", method)
+    assert got == status and re.fullmatch("[0-9A-F]{16}", headers["x-amz-request-id"])
+    assert (code in body) if method == "GET" else body == b""
+    if status == 503:
+        assert int(headers["retry-after"]) >= 1
+
+
+def test_a_client_that_leaves_gives_everything_back(proxy: Proxy) -> None:
+    for key in ("here", "filling"):
+        with socket.create_connection(("127.0.0.1", proxy.port)) as connection:
+            connection.sendall(b"GET /bucket/%b HTTP/1.1\r\n" % key.encode())
+    assert get(proxy, "here")[0] == 200
