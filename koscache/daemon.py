@@ -27,7 +27,7 @@ from kos import metrics
 from kos.clock import Clock
 from kos.config import Config
 from kos.errors import ConfigError
-from kos.tasks import Tasks
+from kos.tasks import Tasks, TasksClosed
 from koscache import ipc
 from koscache.content import Commit, Small
 from koscache.disk import StoreFailed
@@ -187,7 +187,8 @@ class Daemon:
         slots = sorted({slot for written in session.writes.values() for slot in written})
         if slots and self._fence is not None:
             self._bump(slots)
-            self._tasks.spawn(self._bump_later(slots), "fence")
+            with contextlib.suppress(TasksClosed):
+                self._tasks.spawn(self._bump_later(slots), "fence")
 
     def _drained(self) -> None:
         for session in self._sessions.values():
@@ -334,7 +335,8 @@ class Daemon:
         metrics.CACHING.set(0)
         _log.error("caching off", extra={"reason": self._off_reason})
         self._say_caching()
-        self._tasks.spawn(self._mend(), "mend")
+        with contextlib.suppress(TasksClosed):
+            self._tasks.spawn(self._mend(), "mend")
 
     def _turn_on(self) -> None:
         self._off_reason = None

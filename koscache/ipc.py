@@ -116,7 +116,7 @@ class OpenDone(Message, frozen=True, tag=3):
 class AskBlock(Message, frozen=True, tag=4):
     """Who fills this block? touch: a small random read, which does not fill a cold block at first.
 
-    record: goes onto the disk with the block, so that recovery finds it.
+    ahead: nobody waits for it yet. record: goes onto the disk with the block, so that recovery finds it.
     """
 
     ask: int
@@ -126,6 +126,7 @@ class AskBlock(Message, frozen=True, tag=4):
     number: int
     length: int
     touch: bool = False
+    ahead: bool = False
     record: Record | None = None
 
 

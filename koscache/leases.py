@@ -258,7 +258,10 @@ class Leases:
             return self._join(number, self._blocks[number], worker, message.ask)
         if message.touch and self._touch(key):
             return [Send(worker, ipc.BlockPass(message.ask, PassReason.FIRST_TOUCH))]
-        if self.granted_bytes + message.length > self._fills_max_bytes:
+        # What is looked ahead to may take half: a reader that waits for its block must not find all room taken by blocks
+        # that nobody waits for, or everybody would pass through, and nothing be stored, just when many read.
+        room = self._fills_max_bytes // 2 if message.ahead else self._fills_max_bytes
+        if self.granted_bytes + message.length > room:
             return [Send(worker, ipc.BlockPass(message.ask, PassReason.FILLS_MAX))]
         inline = message.length <= self._small_bytes
         number = self._number()

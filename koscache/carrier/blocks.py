@@ -61,13 +61,14 @@ class Blocks:
 
     def ask(
         self, bucket: str, key: str, record: Record, number: int, *, touch: bool, on_request: OnRequest,
+        ahead: bool = False,
         ticket: Ticket | None = None,
     ) -> asyncio.Future[Source]:  # fmt: skip
         """Asks the daemon who brings the block, once for all readers of this worker.
 
         ticket: an answer of the origin whose body begins with the block; used if this worker is to lead, closed if the
         block comes another way, left in the ticket if it is to be passed through. Await the future shielded: it belongs
-        to all who ask. Nothing is asked twice: not while a question is open, nor while the block is growing.
+        to all who ask. ahead: nobody waits for it yet. Nothing is asked twice: not while a question is open, nor while the block is growing.
         """
         at = (record.content, number)
         asked = self._asking.get(at)
@@ -94,7 +95,7 @@ class Blocks:
 
         content = record.content
         self._context.link.ask(
-            lambda ask: ipc.AskBlock(ask, bucket, key, content, number, length, touch, record), reply
+            lambda ask: ipc.AskBlock(ask, bucket, key, content, number, length, touch, ahead, record), reply
         )
         return future
 

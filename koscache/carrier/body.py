@@ -138,7 +138,7 @@ class Body:
         if not self._opened.stored:
             return PassReason.CACHING_OFF
         blocks, opened, record = self._blocks, self._opened, self._record
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             location = blocks.here(record, number)
             if location is not None:
                 return location
@@ -158,6 +158,8 @@ class Body:
                 return PassReason.BUSY
             if source is None or (source is PassReason.FIRST_TOUCH and not self._touch):
                 continue
+            if source is PassReason.FILLS_MAX and attempt == 0:
+                continue  # perhaps the answer to somebody's looking ahead, which may take less than who waits
             return source
         return PassReason.BUSY
 
@@ -171,7 +173,15 @@ class Body:
         blocks, opened, record = self._blocks, self._opened, self._record
         for ahead in range(max(self._ahead, number), end):
             if blocks.growing(record, ahead) is None and context.reader.locate(record.content, ahead) is None:
-                blocks.ask(opened.bucket, opened.key, record, ahead, touch=False, on_request=self._counted)
+                blocks.ask(
+                    opened.bucket,
+                    opened.key,
+                    record,
+                    ahead,
+                    touch=False,
+                    ahead=ahead > number,
+                    on_request=self._counted,
+                )
         self._ahead = max(self._ahead, end)
 
     def _counted(self) -> None:

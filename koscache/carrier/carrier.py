@@ -10,6 +10,7 @@ storing, not serving.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Final
 
 from kos.clock import Clock
 from kos.config import Config
+from kos.errors import ConfigError
 from kos.rules import Rules
 from kos.tasks import Tasks, TasksClosed
 from koscache import ipc
@@ -28,11 +30,16 @@ from koscache.carrier.link import Link
 from koscache.carrier.open import Opener
 from koscache.carrier.types import FilePiece, Opened, Peek, Want
 from koscache.content import Record, judge
+from koscache.disk import StoreFailed
 from koscache.reader import Reader, SegmentGone
+
+_log: Final = logging.getLogger("koscache.carrier")
 
 #: Touches are told so often; more than so many blocks in between are not remembered (they are a hint, not a record).
 _TOUCH_EVERY_S: Final = 1.0
 _TOUCHES_MAX: Final = 8192
+#: Blocks that are looked up at once: 256 x 5 µs. With blocks of 8 MiB an object of 2 GiB.
+_RUN_MAX: Final = 256
 #: An index that could not be opened is looked for again so often while a daemon is there.
 _REOPEN_EVERY_S: Final = 1.0
 
@@ -76,8 +83,14 @@ class Carrier:
         self._indexed = False
 
     async def start(self) -> None:
-        """Opens the index and looks for the daemon; neither needs to be there."""
-        self._indexed = self._reader.open()
+        """Opens the index and looks for the daemon; neither needs to be there.
+
+        Raises ConfigError when there can be no fence: then no write could be seen by the node's other workers.
+        """
+        try:
+            self._indexed = self._reader.open()
+        except StoreFailed as error:
+            raise ConfigError(f"cache.dir: {self._context.cache.dir}: {error.reason}") from error
         if self._context.cache.enabled:
             await self._link.start()
         self._tasks.spawn(self._report(), "touches")
@@ -118,10 +131,13 @@ class Carrier:
     def cached(self, record: Record, bucket: str, key: str, start: int, stop: int) -> list[FilePiece] | None:
         """The slice [start, stop) of the version, if all its blocks are in the store and verified; else None.
 
-        Their descriptors are borrowed: give_back(pieces) when sent. Notes the touches. No await.
+        Their descriptors are borrowed: give_back(pieces) when sent. Notes the touches. No await. None as well for more
+        than a few hundred blocks, because the loop would stand still: a Body walks through them in turn.
         """
         block = self._block_bytes
         first, last = start // block, -(-stop // block)
+        if last - first > _RUN_MAX:
+            return None
         locations = self._reader.locate_run(record.content, first, last)
         if locations is None:
             return None
@@ -215,13 +231,20 @@ class Carrier:
                 touches, self._touches = self._touches, {}
                 self._link.tell(ipc.Touches(list(touches)))
             if not self._indexed and self._link.up:
-                self._indexed = self._reader.reopen()
+                self._reopen()
+
+    def _reopen(self) -> None:
+        try:
+            self._indexed = self._reader.reopen()
+        except StoreFailed as error:
+            self._indexed = False
+            _log.error("index not opened", extra={"reason": error.reason})
 
     # --- link.Receiver ----------------------------------------------------------------------------------------------
 
     def link_up(self) -> None:
         """A daemon is there, perhaps another one than before, perhaps with another index."""
-        self._indexed = self._reader.reopen()
+        self._reopen()
 
     def link_down(self) -> None:
         self._blocks.link_down()

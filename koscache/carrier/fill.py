@@ -26,7 +26,7 @@ from koscache.content import Extent, Record, body_checksum
 from koscache.ipc import BlockOutcome, Refusal
 from koscache.leases import NO_LEASE
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("koscache.carrier")
 
 #: Progress is told so often even when nobody follows, as a sign of life (the daemon's lease_timeout is longer).
 _SIGN_OF_LIFE_S = 1.0

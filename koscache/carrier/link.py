@@ -20,7 +20,7 @@ from kos.config import Cache
 from kos.tasks import Tasks
 from koscache import ipc
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("koscache.carrier")
 
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_MAX_S = 2.0

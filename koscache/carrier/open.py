@@ -199,12 +199,18 @@ class Opener:
             opened.phase = Phase.REVALIDATED
         elif flight.alone:
             opened.phase = Phase.BYPASS
-            opened.reason = Reason.CACHING_OFF if self._context.link.up else Reason.DAEMON_AWAY
+            opened.reason = self._why_alone()
         elif flight.why is Reason.CHECKSUMS:
             opened.phase = Phase.REVALIDATED
         elif answer.reason:
             opened.reason = Reason(answer.reason)
         return opened
+
+    def _why_alone(self) -> Reason:
+        link = self._context.link
+        if link.caching:
+            return Reason.BUSY
+        return Reason.CACHING_OFF if link.up or not self._context.cache.enabled else Reason.DAEMON_AWAY
 
     async def _not_stored(self, flight: _Flight, answer: Answer, record: Record, want: Want) -> Opened:
         """The bytes of that very answer, if they are all of the body or the rest can be asked for by version."""

@@ -19,7 +19,7 @@ SAMPLES: list[ipc.Message] = [
     ipc.AskOpen(1, "b", "k/é", 2**64 - 1),
     ipc.OpenDone(2, 3, ipc.OpenOutcome.STORED, "cold", RECORD, b"c" * 16, 1, 2**64 - 1, b"body"),
     ipc.OpenDone(2, 3, ipc.OpenOutcome.REFUSED, "", None, refusal=ipc.Refusal(404, ((b"a", b"\xff"),), b"<x/>")),
-    ipc.AskBlock(4, "b", "k", b"c" * 16, 1, 2, True, RECORD),
+    ipc.AskBlock(4, "b", "k", b"c" * 16, 1, 2, True, False, RECORD),
     ipc.BlockDone(5, 6, 2**64 - 1, b"body"),
     ipc.BlockFailed(6, ipc.BlockOutcome.CHANGED, "why"),
     ipc.Touches([(b"c" * 16, 1), (b"d" * 16, 2)]),

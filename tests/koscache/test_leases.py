@@ -41,8 +41,10 @@ def open_done(worker: int, ask: int, lease: int, outcome: OpenOutcome = OpenOutc
     return lambda table: table.open_done(worker, ipc.OpenDone(ask, lease, outcome, "cold", record), 0)
 
 
-def asks_block(worker: int, ask: int, number: int = 0, length: int = 100, touch: bool = False) -> Event:
-    message = ipc.AskBlock(ask, "b", "k", V1, number, length, touch)
+def asks_block(
+    worker: int, ask: int, number: int = 0, length: int = 100, touch: bool = False, ahead: bool = False
+) -> Event:
+    message = ipc.AskBlock(ask, "b", "k", V1, number, length, touch, ahead)
     return lambda table: table.ask_block(worker, message, 0)
 
 
@@ -326,6 +328,15 @@ def test_fills_are_bounded_by_their_bytes(leases: Leases) -> None:
         (asks_block(A, 5, number=3), [Reserve(4, V1, 3, 100, False)]),
     )
     assert leases.granted_bytes == 250
+
+
+def test_looking_ahead_leaves_half_of_the_room_to_those_who_wait(leases: Leases) -> None:
+    script(
+        leases,
+        (asks_block(A, 1, number=1, ahead=True), [Reserve(1, V1, 1, 100, False)]),
+        (asks_block(A, 2, number=2, ahead=True), [Send(A, ipc.BlockPass(2, PassReason.FILLS_MAX))]),
+        (asks_block(B, 3, number=9), [Reserve(2, V1, 9, 100, False)]),
+    )
 
 
 def test_a_small_read_fills_at_its_second_touch_and_touches_are_bounded(leases: Leases) -> None:
