@@ -68,7 +68,9 @@ class Blocks:
 
         ticket: an answer of the origin whose body begins with the block; used if this worker is to lead, closed if the
         block comes another way, left in the ticket if it is to be passed through. Await the future shielded: it belongs
-        to all who ask. ahead: nobody waits for it yet. Nothing is asked twice: not while a question is open, nor while the block is growing.
+        to all who ask. ahead: nobody waits for it yet.
+
+        Nothing is asked twice: not while a question is open, nor while the block is growing.
         """
         at = (record.content, number)
         asked = self._asking.get(at)
