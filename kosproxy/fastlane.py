@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from kos import metrics
 from kos.errors import S3Error
@@ -29,17 +29,43 @@ from kosproxy.server import Connection
 
 #: Up to here one copy through this process costs less than setting up a sendfile.
 _COPY_BYTES: Final = 32 * 1024
-_HIT: Final = cache_note(Phase.HIT, Reason.FRESH)
+
+# Plain names for what is used on every request: to look up an enum's member costs as much as a small function.
+_READ: Final = Handling.READ
+_FRESH: Final = Freshness.FRESH
+_HIT: Final = str(Phase.HIT)
+_REASON: Final = str(Reason.FRESH)
+_NOTE: Final = cache_note(_HIT, _REASON)
+_STATUS: Final = {200: "200", 206: "206", 304: "304"}
+_HIT_BYTES: Final = ("hit",)
+
+
+class _Served(NamedTuple):
+    """What is left to be written down of a request when its last byte has gone."""
+
+    started: float
+    now: float
+    request_id: str
+    access_key: str
+    head: RequestHead
+    operation: Operation
+    status: int
 
 
 class FastLane:
     """The fast lane of one worker."""
 
     def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+        carrier = parts.carrier
+        self._secrets = parts.secrets
         self._domain = parts.config.listen.domain
         self._now = parts.clock.now
         self._monotonic = parts.clock.monotonic
+        self._request_id = parts.request_ids.next
+        self._peek = carrier.peek
+        self._cached = carrier.cached
+        self._give_back = carrier.give_back
+        self._log = parts.access_log.write if parts.access_log.enabled else None
         # Nothing else runs between filling and sending it: one buffer does for all connections.
         self._buffer = memoryview(bytearray(_COPY_BYTES))
 
@@ -47,31 +73,30 @@ class FastLane:
         """Answer one complete head if that can be done at once. False: nothing was done."""
         started = self._monotonic()
         head = parse_head(data)
-        if head is None or not connection.quiet or connection.socket is None:
+        if head is None or connection.socket is None:
             return False
         headers = head.headers
         if "connection" in headers and headers["connection"].lower() != "keep-alive":
             return False
-        parts = self._parts
         now = self._now()
         try:
             operation = operations.parse(head, self._domain)
-            if operation.handling is not Handling.READ:
+            _, handling, bucket, key, params, *_ = operation
+            if handling is not _READ:
                 return False
-            identity = sigv4.verify(head, parts.secrets, now)
-            bucket, key = operation.bucket, operation.key
+            identity = sigv4.verify(head, self._secrets, now)
             assert bucket is not None and key is not None
-            record, freshness, age_s, _ = parts.carrier.peek(bucket, key)
-            if freshness is not Freshness.FRESH or record is None:
+            record, freshness, age_s, _ = self._peek(bucket, key)
+            if freshness is not _FRESH or record is None:
                 return False
             if not record.checksums_known and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED":
                 return False
-            request_id = parts.request_ids.next()
-            answer = object_response.answer(
+            request_id = self._request_id()
+            status, out, start, stop = object_response.answer(
                 head,
-                operation.params,
+                params,
                 record.meta,
-                cache_note=_HIT,
+                cache_note=_NOTE,
                 age_s=int(age_s),
                 request_id=request_id,
                 date=object_response.http_date(now),
@@ -79,59 +104,54 @@ class FastLane:
         except S3Error:
             return False
         pieces: Sequence[FilePiece] = ()
-        if answer.start < answer.stop:
-            cached = parts.carrier.cached(record, bucket, key, answer.start, answer.stop)
+        if start < stop:
+            cached = self._cached(record, bucket, key, start, stop)
             if cached is None:
                 return False
             pieces = cached
-        log = (started, now, request_id, identity.access_key, head, operation, answer.status)
-        return self._send(
-            connection,
-            object_response.render_head(answer.status, answer.headers),
-            pieces,
-            answer.stop - answer.start,
-            log,
-        )
+        served = _Served(started, now, request_id, identity.access_key, head, operation, status)
+        if stop - start > _COPY_BYTES:
+            return self._relay(connection, object_response.render_head(status, out), pieces, served)
+        return self._copy(connection, object_response.render_head(status, out), pieces, stop - start, served)
 
-    def _send(
-        self,
-        connection: Connection,
-        head: bytes,
-        pieces: Sequence[FilePiece],
-        length: int,
-        log: tuple[float, float, str, str, RequestHead, Operation, int],
+    def _copy(
+        self, connection: Connection, head: bytes, pieces: Sequence[FilePiece], length: int, served: _Served
     ) -> bool:
-        carrier = self._parts.carrier
-        if length > _COPY_BYTES:
-            relay = connection.relay()
-            assert relay is not None
-            connection.in_fast = True
-
-            def done(failure: BaseException | None) -> None:
-                carrier.give_back(pieces)
-                self._record(connection, log, max(0, relay.sent_bytes - len(head)), failure)
-                if failure is None:
-                    connection.answered_fast()
-                else:
-                    connection.drop()
-
-            relay.start(head, pieces, done)
-            return True
+        """Send a small body, or none, by one write. The transport keeps what the kernel does not take at once."""
         transport = connection.transport
         assert transport is not None
         if length:
             body = self._read(pieces, length)
-            carrier.give_back(pieces)
+            self._give_back(pieces)
             if body is None:
                 return False
-            transport.write(head + body)
-        else:
-            transport.write(head)
-        self._record(connection, log, length, None)
+            head += body
+        transport.write(head)
         connection.answered_fast()
+        self._record(connection, served, length, None, None)
         return True
 
-    def _read(self, pieces: Sequence[FilePiece], length: int) -> bytes | memoryview | None:
+    def _relay(self, connection: Connection, head: bytes, pieces: Sequence[FilePiece], served: _Served) -> bool:
+        """Send a body by sendfile, now or as the client takes it."""
+        relay = connection.relay()
+        if relay is None or not connection.quiet:
+            self._give_back(pieces)
+            return False
+        connection.in_fast = True
+        first_byte = self._monotonic()
+
+        def done(failure: BaseException | None) -> None:
+            self._give_back(pieces)
+            self._record(connection, served, max(0, relay.sent_bytes - len(head)), first_byte, failure)
+            if failure is None:
+                connection.answered_fast()
+            else:
+                connection.drop()
+
+        relay.start(head, pieces, done)
+        return True
+
+    def _read(self, pieces: Sequence[FilePiece], length: int) -> memoryview | None:
         """The pieces' bytes if they are in memory; None if only the disk has them."""
         at = 0
         buffer = self._buffer
@@ -148,36 +168,38 @@ class FastLane:
     def _record(
         self,
         connection: Connection,
-        log: tuple[float, float, str, str, RequestHead, Operation, int],
+        served: _Served,
         sent_bytes: int,
+        first_byte: float | None,
         failure: BaseException | None,
     ) -> None:
-        started, now, request_id, access_key, head, operation, status = log
-        name = operation.op.name
-        metrics.REQUEST_COUNTS.add((name, str(status), "fast", Phase.HIT))
+        """Count the request and log it. first_byte: when it left; None: just now, with the last one."""
+        started, now, request_id, access_key, head, operation, status = served
+        op, _, bucket, key, *_ = operation
+        name = op._name_
+        metrics.REQUEST_COUNTS.add((name, _STATUS[status], "fast", _HIT))
         if sent_bytes:
-            metrics.BYTE_COUNTS.add(("hit",), sent_bytes)
-        access_log = self._parts.access_log
-        if access_log.enabled:
+            metrics.BYTE_COUNTS.add(_HIT_BYTES, sent_bytes)
+        if self._log is not None:
             total_ms = round((self._monotonic() - started) * 1000, 3)
-            access_log.write(
+            self._log(
                 Line(
-                    time=time_text(now),
-                    request_id=request_id,
-                    client=connection.client,
-                    key_id=access_key,
-                    operation=name,
-                    bucket=operation.bucket,
-                    key=printable(operation.key),
-                    range=printable(head.headers.get("range")),
-                    status=status,
-                    error=None if failure is None else type(failure).__name__,
-                    bytes=sent_bytes,
-                    lane="fast",
-                    phase=Phase.HIT,
-                    reason=Reason.FRESH,
-                    origin_requests=0,
-                    first_byte_ms=0.0,
-                    total_ms=total_ms,
+                    time_text(now),
+                    request_id,
+                    connection.client,
+                    access_key,
+                    name,
+                    bucket,
+                    printable(key),
+                    printable(head.headers.get("range")),
+                    status,
+                    None if failure is None else type(failure).__name__,
+                    sent_bytes,
+                    "fast",
+                    _HIT,
+                    _REASON,
+                    0,
+                    total_ms if first_byte is None else round((first_byte - started) * 1000, 3),
+                    total_ms,
                 )
             )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from aiohttp.web_request import BaseRequest
@@ -54,11 +55,8 @@ class Pipeline:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._fast = FastLane(parts)
-
-    def fast(self, connection: Connection, data: bytes) -> bool:
-        """See kosproxy.server.Lanes."""
-        return self._fast.answer(connection, data)
+        #: see kosproxy.server.Lanes
+        self.fast: Callable[[Connection, bytes], bool] = FastLane(parts).answer
 
     async def slow(self, request: BaseRequest, connection: Connection) -> Sent:
         """See kosproxy.server.Lanes."""

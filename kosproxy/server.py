@@ -59,8 +59,9 @@ class Sent(StreamResponse):
 class Lanes(Protocol):
     """What the edge asks of the rest of the worker."""
 
-    def fast(self, connection: Connection, data: bytes) -> bool:
-        """Answer data, one complete head, at once (True), or leave it untouched (False)."""
+    @property
+    def fast(self) -> Callable[[Connection, bytes], bool]:
+        """Answers data, one complete head, at once (True), or leaves it untouched (False)."""
 
     async def slow(self, request: BaseRequest, connection: Connection) -> Sent:
         """Answer one request; raises nothing but CancelledError and ConnectionError."""
@@ -79,6 +80,7 @@ class Connection(RequestHandler):
         "_drained",
         "_drained_at",
         "_edge",
+        "_fast",
         "_head_bytes",
         "_head_since",
         "_held",
@@ -93,6 +95,7 @@ class Connection(RequestHandler):
     def __init__(self, edge: Edge, **options: Any) -> None:
         super().__init__(edge, **options)
         self._edge = edge
+        self._fast = edge.lanes.fast
         # Whether the parser stands exactly between two requests.
         self._clean = True
         self._head_bytes = 0
@@ -206,7 +209,7 @@ class Connection(RequestHandler):
             and data.endswith(_HEAD_END)
             and data.startswith((b"GET ", b"HEAD "))
             and self._idle()
-            and self._edge.lanes.fast(self, data)
+            and self._fast(self, data)
         ):
             self._to_parser(data)
 

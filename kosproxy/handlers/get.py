@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kos.errors import OriginRefused, S3Error
+from kos.errors import OriginError, OriginRefused, S3Error
 from kos.s3 import object_response, ranges
 from kos.s3.conditions import CONDITION_HEADERS
 from kos.s3.head import RequestHead
@@ -46,6 +46,9 @@ async def read(exchange: Exchange, operation: Operation, identity: Identity) -> 
         except OriginRefused:
             exchange.phase, exchange.reason = Phase.MISS, "refused"
             exchange.origin_requests += 1
+            raise
+        except (S3Error, OriginError):
+            exchange.phase, exchange.reason = Phase.MISS, Reason.ORIGIN_DOWN
             raise
         before = opened.origin_requests
         try:

@@ -51,7 +51,11 @@ class Lines:
 
 
 class _SlowOnly(Pipeline):
-    def fast(self, connection: Connection, data: bytes) -> bool:
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.fast = self._never
+
+    def _never(self, connection: Connection, data: bytes) -> bool:
         return False
 
 
