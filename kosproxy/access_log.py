@@ -37,16 +37,18 @@ class Line(msgspec.Struct, frozen=True):
     total_ms: float
 
 
-_second: tuple[int, str] = (-1, "")
+_last: tuple[int, str] = (-1, "")
 
 
 def time_text(epoch_s: float) -> str:
-    """RFC 3339 with milliseconds; the part that stays the same for a second is made once a second."""
-    global _second
-    whole = int(epoch_s)
-    if _second[0] != whole:
-        _second = (whole, timestamp(whole)[:-4])
-    return f"{_second[1]}{int((epoch_s - whole) * 1000):03d}Z"
+    """RFC 3339 with milliseconds; requests of one millisecond share the text."""
+    global _last
+    millis = int(epoch_s * 1000)
+    known, text = _last
+    if known != millis:
+        text = timestamp(epoch_s)
+        _last = (millis, text)
+    return text
 
 
 def printable(text: str | None) -> str | None:

@@ -130,8 +130,6 @@ class Pipeline:
         else:
             shown = render.as_s3_error(failure)
             exchange.error = shown.code
-            if shown is not failure:
-                _log.warning("request failed", extra={"request_id": exchange.request_id, "reason": repr(failure)})
             answer = render.error(shown, exchange.head, exchange.request_id, now, note)
         await exchange.respond(answer.status, answer.headers, answer.body)
 
