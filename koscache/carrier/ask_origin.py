@@ -62,9 +62,15 @@ async def ask_origin(
         except OriginBroken as error:
             return Answer(OpenOutcome.UNAVAILABLE, error.reason, retry_after_s=1.0, requests=requests)
         judged = judge_answer(asking, response.status, response.headers)
+        if judged.verdict is Verdict.SAME and known is not None and _headers_may_differ(known, fence, response):
+            response.close()
+            asking = First("HEAD", Kind.HEAD)
+            continue
         if judged.verdict is not Verdict.EMPTY_OR_OUTSIDE:
             answer = await _answer(bucket, key, fence, known, asking, judged, response, validated_at)
             answer.requests = requests
+            if known is not None and answer.record is not None and answer.record.content == known.content:
+                answer.renewed = answer.ticket is None and answer.body is None
             if answer.outcome is OpenOutcome.STORED and not alone:
                 await _find_block(context, asking, answer)
             return answer
@@ -73,6 +79,16 @@ async def ask_origin(
     return Answer(
         OpenOutcome.UNAVAILABLE, "the origin's answers contradict each other", None, None, 1.0, requests=requests
     )
+
+
+def _headers_may_differ(known: Record, fence: int, response: OriginResponse) -> bool:
+    """Whether a 304 may hide other headers than the known ones: an ETag names the bytes, not the metadata.
+
+    A copy of an object onto itself, its tags or its lock change what a GET shows and keep the ETag. Through kos that
+    fences the key; around kos a copy shows in Last-Modified.
+    """
+    last_modified = response.headers.get("Last-Modified", "").strip()
+    return known.fence != fence or (last_modified != "" and last_modified != known.last_modified)
 
 
 def _unavailable(error: OriginUnavailable, requests: int = 0) -> Answer:

@@ -121,6 +121,18 @@ def test_an_overwrite_a_copy_and_a_delete_are_seen_at_once(s3: Any, bucket: str)
         assert refusal.value.response["Error"]["Code"] == "NoSuchKey"
 
 
+def test_metadata_that_changes_under_the_same_etag_is_seen(s3: Any, bucket: str) -> None:
+    """A copy onto itself keeps the bytes and their ETag."""
+    s3.put_object(Bucket=bucket, Key="same", Body=b"bytes", Metadata={"n": "1"}, ContentType="text/plain")
+    before = s3.get_object(Bucket=bucket, Key="same")
+    source = {"Bucket": bucket, "Key": "same"}
+    for n in ("2", "3"):
+        s3.copy_object(Bucket=bucket, Key="same", CopySource=source, MetadataDirective="REPLACE", Metadata={"n": n})
+        answer = s3.get_object(Bucket=bucket, Key="same")
+        assert answer["ETag"] == before["ETag"] and answer["Body"].read() == b"bytes"
+        assert answer["Metadata"] == {"n": n}
+
+
 @pytest.mark.parametrize("algorithm", ["CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"])
 def test_checksums_survive_and_are_not_on_a_range(s3: Any, bucket: str, algorithm: str) -> None:
     body = random_bytes(100_000)
