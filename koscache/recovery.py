@@ -42,9 +42,11 @@ from koscache.segments import (
     segment_path,
 )
 
-#: an index whose daemon died this often without living for STARTS_FORGOTTEN_S is not opened again
+#: An index whose daemon died this often, each time before it lived STARTS_FORGOTTEN_S or did STARTS_FORGOTTEN_COUNT
+#: transactions, is not opened again.
 STARTS_MAX: Final = 5
 STARTS_FORGOTTEN_S: Final = 60.0
+STARTS_FORGOTTEN_COUNT: Final = 1000
 #: keys and values put in one transaction; LMDB allows 512 MiB of dirty pages. Less if the map is small, so that it does
 #: not get full in one step.
 _TRANSACTION_BYTES: Final = 24 << 20

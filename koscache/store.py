@@ -44,6 +44,7 @@ from koscache.layout import LARGE_PAYLOAD_MAX, PAGE
 from koscache.pins import Pins
 from koscache.records import Records, payload
 from koscache.recovery import (
+    STARTS_FORGOTTEN_COUNT,
     STARTS_FORGOTTEN_S,
     Recovered,
     Recovery,
@@ -172,6 +173,7 @@ class Store:
         self._goal_max = limits.budget // 2
         self._opened_at = self._housekept_at = clock.monotonic()
         self._bad_count = 0
+        self._transactions_count = 0
         self._closed = False
         self._pins.read(self._environment)
         self._space.settle()
@@ -334,6 +336,7 @@ class Store:
                 with self._environment.write() as txn:
                     outcome = work(txn)
                 self._space.moved_noted()
+                self._transactions_count += 1
                 return outcome
             except IndexFull:
                 if attempt + 1 == _INDEX_TRIES or not self._shrink_index():
@@ -390,13 +393,14 @@ class Store:
 
     def _keep_house(self) -> None:
         now = self._clock.monotonic()
+        lived = now - self._opened_at >= STARTS_FORGOTTEN_S or self._transactions_count >= STARTS_FORGOTTEN_COUNT
+        if lived and self._pointer.starts:
+            self._pointer = mark(self._disk, self._config.dir, self._pointer, starts=0)
         if now - self._housekept_at < _HOUSEKEEPING_S:
             return
         self._housekept_at = now
         self._environment.env.reader_check()  # readers that were killed pin pages
         self._expire_pins()
-        if self._pointer.starts and now - self._opened_at >= STARTS_FORGOTTEN_S:
-            self._pointer = mark(self._disk, self._config.dir, self._pointer, starts=0)
 
     # ---- what stays
 

@@ -157,12 +157,13 @@ class StoreMachine(RuleBasedStateMachine):
     def put_record(self, thing: Thing, late: bool) -> None:
         store = self.running()
         if late and thing.key in self.newest:
-            older = self.newest[thing.key].validated_at - 0.5
-            assert not store.record("b", thing.key) or not store.put_record(
-                "b", thing.key, thing.record(store, validated_at=older)
-            )
-            if store.record("b", thing.key) is None:
-                return
+            newest = self.newest[thing.key]
+            if store.record("b", thing.key) == newest:
+                older = thing.record(store).revalidated(newest.validated_at - 0.5, newest.fence)
+                try:
+                    assert not store.put_record("b", thing.key, older)
+                except StoreFailed:
+                    return
         self.clock._now += 1
         record = thing.record(store, validated_at=self.clock.now())
         try:
