@@ -74,6 +74,7 @@ class Space:
         self._next = next_segment
         self.live = {segment: row.size for segment, row in rows.items()}  # oldest first
         self.evicted: dict[int, int] = {}
+        self._stuck: dict[int, bool] = {}  # evicted, the file could not be removed -> released since
         self.live_bytes = sum(self.live.values())
         self.evicted_bytes = 0
         self._writing = {each.id: each for each in sorted(filling, key=lambda each: each.id)}
@@ -132,7 +133,13 @@ class Space:
     def commit(self, extent: Extent, length: int, checksum: int, payload: bytes) -> Location:
         """See SegmentFile.commit."""
         segment = self._writing[extent.segment]
-        location = segment.commit(extent, length, checksum, payload)
+        try:
+            location = segment.commit(extent, length, checksum, payload)
+        except StoreFailed:
+            # Perhaps half a header: a walk would end there. Sealed, the segment has a footer that names the others.
+            if self._active.get(segment.header.kind) is segment:
+                del self._active[segment.header.kind]
+            raise
         self._moved.add(segment.id)
         return location
 
@@ -209,7 +216,9 @@ class Space:
             self._sealer.submit(segment, finish)
 
     def collect(self, *, wait: bool = False) -> None:
-        """Notes the seals that have ended. Raises StoreFailed (index)."""
+        """Notes the seals that have ended, and removes files that could not be removed before. Raises StoreFailed
+        (index)."""
+        self._unlink_stuck()
         ended = self._sealer.collect(wait=wait)
         if not ended:
             return
@@ -293,13 +302,26 @@ class Space:
         self.live_bytes -= size
         self.evicted[segment] = size
         self.evicted_bytes += size
-        try:
-            self._disk.unlink(segment_path(self._dir, segment))
-        except OSError as error:
-            self.failure = StoreFailed(f"removing a segment: {error}")
+        self._stuck[segment] = False
+        self._unlink_stuck()
 
     def released(self, segment: int) -> None:
-        self.evicted_bytes -= self.evicted.pop(segment, 0)
+        """Its bytes are free, unless its file could not be removed yet."""
+        if segment in self._stuck:
+            self._stuck[segment] = True
+        else:
+            self.evicted_bytes -= self.evicted.pop(segment, 0)
+
+    def _unlink_stuck(self) -> None:
+        for segment, is_released in list(self._stuck.items()):
+            try:
+                self._disk.unlink(segment_path(self._dir, segment))
+            except OSError as error:
+                self.failure = StoreFailed(f"removing a segment: {error}")
+                return
+            del self._stuck[segment]
+            if is_released:
+                self.released(segment)
 
     def files(self) -> Iterator[str]:
         """Paths of the live segments."""

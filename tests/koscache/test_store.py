@@ -464,6 +464,41 @@ def test_a_write_that_stops_half_way_makes_no_entry(settings: Settings, clock: F
     store.close()
 
 
+def test_a_torn_header_costs_no_other_block(settings: Settings, clock: FakeClock) -> None:
+    """A walk ends at it; but the segment is sealed as soon as its last fill ends, and then its footer is read."""
+    disk = FaultyDisk()
+    store = open_store(settings, clock, disk=disk)
+    things = [Thing(f"k{number}", 16 * KIB) for number in range(4)]
+    extents = [reserve(store, thing, 0) for thing in things]
+    disk.fail("write", errno.EIO, path="segments", short=True)
+    with pytest.raises(StoreFailed):
+        store.commit([commit_of(things[0], 0, extents[0], store)])
+    for thing, extent in list(zip(things, extents, strict=True))[1:]:
+        write_extent(extent, thing.block(0))
+        assert store.commit([commit_of(thing, 0, extent, store)]) == [True]
+    store.close(clean=False)
+    os.unlink(os.path.join(settings.dir, "CURRENT"))
+    store = open_store(settings, clock)
+    assert hits(store, settings.dir, things) == 3
+    store.close()
+
+
+def test_a_segment_that_cannot_be_removed_counts_until_it_is(settings: Settings, clock: FakeClock) -> None:
+    disk = FaultyDisk()
+    store = open_store(settings, clock, disk=disk)
+    disk.fail("unlink", errno.EIO, path="segments", times=None)
+    with pytest.raises(StoreFailed, match="removing"):
+        for number in range(300):
+            fill(store, Thing(f"k{number}", 16 * KIB))
+            assert disk_bytes(settings.dir) <= settings.size_bytes
+    disk.heal()
+    for number in range(300):
+        fill(store, Thing(f"l{number}", 16 * KIB))
+        assert disk_bytes(settings.dir) <= settings.size_bytes
+    assert store.stats().evicted_unreleased_bytes == 0
+    store.close()
+
+
 def test_a_failed_commit_gives_up_the_whole_batch(settings: Settings, clock: FakeClock) -> None:
     disk = FaultyDisk()
     store = open_store(settings, clock, disk=disk)
