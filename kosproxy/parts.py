@@ -38,7 +38,8 @@ class RequestIds:
 @dataclass(frozen=True, slots=True)
 class Parts:
     """secrets: access key to secret key of everybody who may sign. threads: for file reads that wait for the disk.
-    tasks: owns writes, which outlive the client that sent them."""
+    hashers: for hashing bodies beside the loop; threads of their own, so that no hanging disk holds up a write. tasks:
+    owns writes, which outlive the client that sent them."""
 
     config: Config
     secrets: Mapping[str, str]
@@ -48,4 +49,5 @@ class Parts:
     tasks: Tasks
     access_log: AccessLog
     threads: Executor
+    hashers: Executor
     request_ids: RequestIds = field(default_factory=RequestIds)

@@ -42,6 +42,8 @@ from kosproxy.server import Edge
 
 #: Threads that wait for the disk on behalf of clients; each at most one window of a file at a time.
 DISK_THREADS: Final = 8
+#: Threads that hash request bodies. A worker is one core's worth of serving; hashing may take others while they idle.
+HASH_THREADS: Final = 4
 #: How often the supervisor is told whether this worker caches.
 STATUS_EVERY_S: Final = 1.0
 #: A request makes some hundred containers and frees them by count, not by cycle: looking for cycles every 700 of them
@@ -125,6 +127,8 @@ async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterato
         stack.push_async_callback(access_log.close)
         threads = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="disk")
         stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+        hashers = ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="hash")
+        stack.callback(hashers.shutdown, wait=False, cancel_futures=True)
         origin = OriginLane(settings.origin, from_config(settings.origin, clock), clock)
         await origin.start()
         stack.push_async_callback(origin.close)
@@ -144,6 +148,7 @@ async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterato
             tasks=tasks,
             access_log=access_log,
             threads=threads,
+            hashers=hashers,
         )
 
 

@@ -135,6 +135,11 @@ class BodyCheck:
         for name in trailer_names:
             self.algorithm = HEADERS[name]
 
+    @property
+    def computes(self) -> bool:
+        """Whether update() has anything to compute; else it only counts."""
+        return bool(self._running)
+
     def update(self, data: bytes) -> None:
         """The next bytes of the body, decoded. Raises IncompleteBody as soon as there are more than `length`."""
         self._received += len(data)

@@ -128,6 +128,7 @@ class Proxy:
                 tasks=self.tasks,
                 access_log=self.log,  # type: ignore[arg-type]
                 threads=threads,
+                hashers=threads,
             )
             parts.request_ids._next = 1
             lanes = Pipeline(parts) if self._lanes == "both" else _SlowOnly(parts)
