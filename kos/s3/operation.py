@@ -149,6 +149,7 @@ _OBJECT: Final[_Table] = {
 #: Every name that is an object's sub-resource for some method: with one of them, a method that does not know it is
 #: Unknown (S3 refuses it), never a plain PUT or DELETE.
 _OBJECT_NAMES: Final = frozenset(name for table in _OBJECT.values() for name, _, _ in table) | {"partNumber"}
+_UPLOAD_NAMES: Final = frozenset({"uploadId", "partNumber"})
 
 #: Sub-resources of a bucket that are operations of a name of their own.
 _BUCKET: Final[_Table] = {
@@ -256,16 +257,21 @@ def _object_change(method: str, bucket: str | None, key: str, params: Mapping[st
     if table is None:
         raise S3Error("MethodNotAllowed", extra={"Method": method, "ResourceType": "OBJECT"})
     copies = "x-amz-copy-source" in headers
-    if method == "PUT" and "uploadId" in params and "partNumber" in params:
+    # Two operations named at once, or an upload without its id: origins differ in what they make of it, and one may
+    # change the object. So that is a WRITE of no name.
+    named = params.keys() & _OBJECT_NAMES
+    clear = all(params[name] for name in named & _UPLOAD_NAMES)
+    if method == "PUT" and named == _UPLOAD_NAMES and clear:
         return Operation(Op.UploadPartCopy if copies else Op.UploadPart, _FORWARD, bucket, key, params, "uploadId")
+    clear = clear and len(named) == 1
     for name, op, handling in table:
-        if name in params:
+        if name in params and (clear or handling is _WRITE):
             forgets: tuple[str, ...] = (key,) if handling is _WRITE else ()
             if op is Op.RenameObject:
                 forgets += _rename_sources(bucket, headers.get("x-amz-rename-source", ""))
             return Operation(op, handling, bucket, key, params, name, forgets)
     plain = Op.Unknown
-    if not (params.keys() & _OBJECT_NAMES):
+    if not named:
         if method == "PUT":
             plain = Op.CopyObject if copies else Op.PutObject
         elif method == "DELETE":

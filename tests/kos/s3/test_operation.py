@@ -102,6 +102,26 @@ def test_copies() -> None:
     assert operation("PUT /bkt/k", x_amz_copy_source="/s/k").forgets == ("k",)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "PUT /bkt/k?uploadId=&partNumber=",
+        "PUT /bkt/k?uploadId=u&partNumber=",
+        "PUT /bkt/k?uploadId=u&partNumber=1&tagging",
+        "PUT /bkt/k?acl&tagging",
+        "PUT /bkt/k?acl&uploadId=u&partNumber=1",
+        "POST /bkt/k?uploads&uploadId=u",
+        "POST /bkt/k?select&restore",
+        "DELETE /bkt/k?uploadId=",
+        "DELETE /bkt/k?uploadId=u&tagging",
+        "DELETE /bkt/k?uploadId=u&acl",
+    ],
+)
+def test_what_an_origin_might_read_as_a_write_is_one(line: str) -> None:
+    found = operation(line)
+    assert (found.handling, found.forgets) == (Handling.WRITE, ("k",))
+
+
 @pytest.mark.parametrize("source", ["old%2Fname", "/old/name", "bkt/old/name", "/bkt/old%2Fname"])
 def test_rename_forgets_both_names(source: str) -> None:
     assert {"new", "old/name"} <= set(operation("PUT /bkt/new?renameObject", x_amz_rename_source=source).forgets)
