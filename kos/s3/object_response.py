@@ -239,7 +239,7 @@ def render_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
     chose the value write the rest of the response.
     """
     # Whole pairs are joined in C: half the time of formatting each line.
-    lines = [_STATUS_LINES[status], *map(": ".join, headers), "\r\n"]
+    lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} Unknown", *map(": ".join, headers), "\r\n"]
     text = "\r\n".join(lines)
     line_count = len(lines)
     if text.count("\n") != line_count or text.count("\r") != line_count or "\0" in text:

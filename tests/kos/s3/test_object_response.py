@@ -248,6 +248,7 @@ def test_a_rendered_head() -> None:
         == b"HTTP/1.1 206 Partial Content\r\nA: b\r\nC: \xe9\xc3\xa9\r\n\r\n"
     )
     assert render_head(304, []) == b"HTTP/1.1 304 Not Modified\r\n\r\n"
+    assert render_head(529, []) == b"HTTP/1.1 529 Unknown\r\n\r\n"  # origins have statuses of their own
 
 
 @pytest.mark.parametrize("header", [("A", "b\r\nC: d"), ("A\r\nB", "c"), ("A", "b\n"), ("A", "\r"), ("A", "\0")])
