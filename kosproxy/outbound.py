@@ -10,12 +10,14 @@ Sources: RFC 9110 section 7.6.1 (hop-by-hop); https://docs.aws.amazon.com/Amazon
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import re
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
+from kos.errors import S3Error
 from kos.s3 import aws_chunked, checksums
-from kos.s3.head import RequestHead
+from kos.s3.head import TOKEN, RequestHead
 from kos.s3.names import parse_query
 from kos.s3.sigv4 import Identity, Payload
 from kosproxy.inbound import Inbound
@@ -40,6 +42,8 @@ _PRESIGN: Final = frozenset(
     }
 )  # fmt: skip
 
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+
 
 @dataclass(frozen=True, slots=True)
 class Outbound:
@@ -52,21 +56,16 @@ class Outbound:
     payload_hash: str
 
 
-def end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The headers that are not for one connection only; names lower case."""
-    dropped = HOP_BY_HOP
-    if "connection" in headers:
-        dropped = dropped | {name.strip().lower() for name in headers["connection"].split(",")}
-    return [(name, value) for name, value in headers.items() if name not in dropped]
-
-
 def question(head: RequestHead, identity: Identity) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(query, headers) for the origin, without what announces the body.
 
     A presigning client may have moved x-amz-* headers into the query, where S3 reads them only because the URL is
-    presigned; under a signature in the header they have to be headers again.
+    presigned; under a signature in the header they have to be headers again. Raises InvalidArgument if one cannot be.
+
+    What Connection names beyond the fields that RFC 9110 calls hop-by-hop goes on: Connection is not signed, and it
+    would take away headers that are, such as the encryption that a presigned URL demands.
     """
-    headers = [(name, value) for name, value in end_to_end(head.headers) if name not in _OWN]
+    headers = [(name, value) for name, value in head.headers.items() if name not in _OWN and name not in HOP_BY_HOP]
     encoding = aws_chunked.stored_content_encoding(head.headers.get("content-encoding"))
     if encoding is not None:
         headers.append(("content-encoding", encoding))
@@ -76,7 +75,9 @@ def question(head: RequestHead, identity: Identity) -> tuple[list[tuple[str, str
         if lower in _PRESIGN:
             continue
         if identity.presigned and lower.startswith("x-amz-"):
-            if lower not in head.headers:
+            if lower not in head.headers and lower not in _OWN:
+                if not TOKEN.issuperset(lower) or _CONTROL.search(value):
+                    raise S3Error("InvalidArgument", extra={"ArgumentName": name, "ArgumentValue": value})
                 headers.append((lower, value))
         else:
             query.append((name, value))
