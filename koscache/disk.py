@@ -8,6 +8,7 @@ Invariant: a write either wrote all of its bytes or raised; nothing here retries
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,3 +180,15 @@ def disk_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreFailed(f"{doing}: {error.strerror or error}") from error
+
+
+def lock_directory(cache_dir: str) -> int:
+    """The descriptor whose closing (or whose process' end) lets go of the lock. Raises StoreFailed if another has it."""
+    with disk_errors("opening the lock file"):
+        fd = os.open(os.path.join(cache_dir, "LOCK"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise StoreFailed(f"{cache_dir} is in use by another daemon") from error
+    return fd

@@ -299,7 +299,7 @@ class Environment:
 
     def used_bytes(self) -> int:
         """Bytes of pages that hold something now; the rest of the map is free or becomes so."""
-        with self.env.begin() as txn:
+        with self.read() as txn:
             used = 2
             for database in (self.objects, self.blocks, self.segments, self.meta):
                 found = txn.stat(database)

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
+import msgspec
 from xxhash import xxh3_64
 
 from kos.errors import ConfigError
@@ -52,6 +53,28 @@ class Limits(NamedTuple):
     segment: int
     block: int
     min_free: int
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """Bytes used by kind (all count against size_bytes) and counters since open()."""
+
+    size_bytes: int
+    segment_bytes: int
+    evicted_unreleased_bytes: int
+    index_bytes: int
+    fence_bytes: int
+    records: int
+    blocks: int
+    segments: int
+    evicted_segments: int
+    evicted_blocks: int
+    rescued_bytes: int
+    bad_blocks: int
+
+    @property
+    def used_bytes(self) -> int:
+        """Files on the disk now."""
+        return self.segment_bytes + self.evicted_unreleased_bytes + self.index_bytes + self.fence_bytes
 
 
 class Space:

@@ -16,12 +16,9 @@ names is right even if the process dies at any instruction.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol, TypeVar
-
-import msgspec
 
 from koscache import index as ix
 from koscache.content import (
@@ -35,7 +32,7 @@ from koscache.content import (
     block_length,
     body_checksum,
 )
-from koscache.disk import Disk, OsDisk, StoreFailed, disk_errors
+from koscache.disk import Disk, OsDisk, StoreFailed, disk_errors, lock_directory
 from koscache.eviction import Touches
 from koscache.evictor import Evictor
 from koscache.fence import FENCE_BYTES, Fence, read_boot_id
@@ -55,7 +52,7 @@ from koscache.recovery import (
 )
 from koscache.scrub import Judged, Scrubber, ScrubReport
 from koscache.segments import Packed
-from koscache.space import SEGMENTS_WANTED, Limits, Space, work_out_limits
+from koscache.space import SEGMENTS_WANTED, Limits, Space, Stats, work_out_limits
 
 __all__ = ["RecoveryPolicy", "RecoveryReport", "ScrubReport", "Stats", "Store", "StoreFailed"]
 
@@ -71,28 +68,6 @@ class WallClock(Protocol):
 
     def now(self) -> float: ...
     def monotonic(self) -> float: ...
-
-
-class Stats(msgspec.Struct, frozen=True):
-    """Bytes used by kind (all count against size_bytes) and counters since open()."""
-
-    size_bytes: int
-    segment_bytes: int
-    evicted_unreleased_bytes: int
-    index_bytes: int
-    fence_bytes: int
-    records: int
-    blocks: int
-    segments: int
-    evicted_segments: int
-    evicted_blocks: int
-    rescued_bytes: int
-    bad_blocks: int
-
-    @property
-    def used_bytes(self) -> int:
-        """Files on the disk now."""
-        return self.segment_bytes + self.evicted_unreleased_bytes + self.index_bytes + self.fence_bytes
 
 
 class Store:
@@ -122,7 +97,7 @@ class Store:
         began = clock.monotonic()
         with disk_errors("opening the store"):
             disk.make_dir(config.dir)
-        lock = _lock(config.dir)
+        lock = lock_directory(config.dir)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, lock)
             with disk_errors("opening the fence"):
@@ -308,14 +283,14 @@ class Store:
         self._transact(lambda txn: self._records.drop(txn, bucket, key))
 
     def record(self, bucket: str, key: str) -> Record | None:
-        with self._environment.read() as txn:
+        with self._index(), self._environment.read() as txn:
             return self._records.get(txn, bucket, key)
 
     # ---- looking up
 
     def locate(self, content: bytes, number: int) -> Location | None:
         key = ix.block_key(content, number)
-        with self._environment.read() as txn:
+        with self._index(), self._environment.read() as txn:
             value = txn.get(key, db=self._environment.blocks)
         location = None if value is None else ix.decode_location(key, value)
         return location if location is not None and location.segment in self._space.live else None
@@ -330,6 +305,10 @@ class Store:
 
     def _transact(self, work: Callable[[ix.Transaction], _T]) -> _T:
         """One write transaction; when the index is full, room is made in it and the work done again."""
+        with self._index():
+            return self._transact_in_room(work)
+
+    def _transact_in_room(self, work: Callable[[ix.Transaction], _T]) -> _T:
         self._make_index_room()
         for attempt in range(_INDEX_TRIES):
             try:
@@ -342,10 +321,16 @@ class Store:
                 if attempt + 1 == _INDEX_TRIES or not self._shrink_index():
                     self._distrust()  # built anew, it gets no fuller than it may
                     raise
-            except IndexBroken:
-                self._distrust()
-                raise
         raise AssertionError("unreachable")
+
+    @contextlib.contextmanager
+    def _index(self) -> Iterator[None]:
+        """Around all that touches the index: one that is broken is remembered as such."""
+        try:
+            yield
+        except IndexBroken:
+            self._distrust()
+            raise
 
     def _distrust(self) -> None:
         """The next open() builds the index anew."""
@@ -361,14 +346,14 @@ class Store:
         them, then call released(segment) for each when all workers have closed it. Cheap when there is nothing to do:
         call it after every batch. Raises StoreFailed also for what failed in the background (a seal).
         """
-        self._space.collect()
-        self._space.settle()
-        self._keep_house()
-        goal = min(max(need_bytes, self._spare_bytes), self._goal_max)
-        while self._space.lacks(goal):
-            if not self._evictor.evict_one(self._clock.now()):
-                break
-        self._make_index_room()
+        with self._index():
+            self._space.collect()
+            self._space.settle()
+            self._keep_house()
+            goal = min(max(need_bytes, self._spare_bytes), self._goal_max)
+            while self._space.lacks(goal) and self._evictor.evict_one(self._clock.now()):
+                continue
+            self._make_index_room()
         if self._space.failure is not None:
             failure, self._space.failure = self._space.failure, None
             raise failure
@@ -399,7 +384,8 @@ class Store:
         if now - self._housekept_at < _HOUSEKEEPING_S:
             return
         self._housekept_at = now
-        self._environment.env.reader_check()  # readers that were killed pin pages
+        with ix.index_errors():
+            self._environment.env.reader_check()  # readers that were killed pin pages
         self._expire_pins()
 
     # ---- what stays
@@ -514,14 +500,3 @@ class Store:
             self._environment.detach()
             self.fence.close()
             os.close(self._lock)
-
-
-def _lock(cache_dir: str) -> int:
-    with disk_errors("opening the lock file"):
-        fd = os.open(os.path.join(cache_dir, "LOCK"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise StoreFailed(f"{cache_dir} is in use by another daemon") from error
-    return fd
