@@ -1,4 +1,4 @@
-"""`python -m bench NAME [--json] [--quick] [--rounds N]`: run a figure and keep its line.
+"""`python -m bench NAME [--json] [--quick] [--rounds N] [--favour]`: run a figure and keep its line.
 
 Owns: the command line. NAME is a figure, `all` (every figure, then the plots) or `plot`. Does not own: any measurement.
 
@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from bench import cold_get, hot_get, memory, put, results, small_files
 from bench.figure import Figure, Settings, say
+from bench.processes import FAVOUR
 
 FIGURES: Final[dict[str, tuple[Figure, str]]] = {
     "hot_get": (hot_get.run, hot_get.SUMMARY),
@@ -58,7 +59,10 @@ def main() -> int:
     options.add_argument("--json", action="store_true", help="print the JSON line instead of a table")
     options.add_argument("--quick", action="store_true", help="smoke test: little, and no figure")
     options.add_argument("--rounds", type=int, help="how often each side is measured (default 5, quick 1)")
+    options.add_argument("--favour", action="store_true", help="let what is measured go before other work, if we may")
     asked = options.parse_args()
+    if asked.favour:
+        os.environ[FAVOUR] = "1"
     rounds = asked.rounds or (1 if asked.quick else 5)
     failed = 0
     for name in FIGURES if asked.name == "all" else [asked.name] if asked.name in FIGURES else []:

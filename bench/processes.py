@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,9 @@ from bench.results import BenchFailed
 _PROCESS_CLOCK: Final = 2
 _TAIL_LINES: Final = 40
 STOP_S: Final = 15.0
+FAVOURED_NICE: Final = -10
+#: Set by `--favour`, for a machine that has other work to do.
+FAVOUR: Final = "KOS_BENCH_FAVOUR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,18 @@ def cpu_seconds(pids: Sequence[int]) -> float:
         with contextlib.suppress(OSError):
             total += time.clock_gettime((~pid << 3) | _PROCESS_CLOCK)
     return total
+
+
+def favour(pids: Iterable[int]) -> None:
+    """Let these processes go before others on this machine, as far as we may: other work then moves the figures less.
+
+    Under autogroup scheduling, where nice counts within a session only, it is the session that is favoured.
+    """
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, pid, FAVOURED_NICE)
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/autogroup").write_text(str(FAVOURED_NICE))
 
 
 def memory_bytes(pid: int) -> dict[str, int]:
@@ -123,6 +138,8 @@ class Server:
         if not self._seen.wait(within_s) or self.match is None:
             self.stop()
             raise BenchFailed(f"{' '.join(argv)} did not say it was ready:\n" + "\n".join(self._tail))
+        if os.environ.get(FAVOUR):
+            favour(self.pids())
 
     @property
     def pid(self) -> int:

@@ -28,6 +28,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Final
 
 #: How far a serializer may be booked in advance, at least: a wake-up later than this costs rate.
@@ -309,8 +310,11 @@ def main() -> None:
     asked = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # A link does not wait for the processes it connects; where we may not, the rate falls under load, for all alike.
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):
         os.nice(-10)
+        # Under autogroup scheduling nice counts within a session only; this process has one of its own.
+        if os.getsid(0) == os.getpid():
+            Path("/proc/self/autogroup").write_text("-10")
     host, _, port = asked.to.rpartition(":")
     shaper = Shaper(Link(asked.delay_ms / 1e3, asked.rate, asked.total), (host, int(port)), port=asked.port)
     print(f"shaper ready {shaper.address[0]}:{shaper.address[1]}", flush=True)

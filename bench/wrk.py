@@ -8,6 +8,7 @@ Invariant: an answer that is no 200, or a socket error, fails the run.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.client import Address
+from bench.processes import FAVOUR, favour
 from bench.results import BenchFailed
 
 _SCRIPT: Final = """
@@ -78,12 +80,23 @@ def load(
             str(script),
             f"http://{to}",
         ]
-        ran = subprocess.run(
-            [*pin, *wrk, "--", str(urls)], capture_output=True, text=True, timeout=seconds + 60, check=False
-        )
-    _, found, summary = ran.stdout.partition("SUMMARY ")
+        with subprocess.Popen(
+            [*pin, *wrk, "--", str(urls)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as running:
+            if os.environ.get(FAVOUR):
+                favour([running.pid])
+            try:
+                said, _ = running.communicate(timeout=seconds + 60)
+            finally:
+                if running.poll() is None:
+                    running.kill()
+    _, found, summary = said.partition("SUMMARY ")
     if not found:
-        raise BenchFailed(f"wrk failed: {ran.stdout}{ran.stderr}")
+        raise BenchFailed(f"wrk failed: {said}")
     seen = json.loads(summary)
     if seen["errors"] or seen["bad"] or not seen["requests"]:
         raise BenchFailed(f"wrong answers under load: {seen}")
