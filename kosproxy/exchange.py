@@ -144,8 +144,7 @@ class Exchange:
         if relay is None:
             await self._copy(piece)
             return
-        if not self.connection.quiet:
-            raise ConnectionResetError("the client is gone")
+        await self.connection.settle()
         head, self._pending = self._pending, b""
         self._leaving()
         try:

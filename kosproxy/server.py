@@ -86,10 +86,11 @@ class Connection(RequestHandler):
         "_held",
         "_relay",
         "_stuck_bytes",
+        "_waiting_since",
+        "_wire",
         "client",
         "in_fast",
         "socket",
-        "waiting_since",
     )
 
     def __init__(self, edge: Edge, **options: Any) -> None:
@@ -105,8 +106,10 @@ class Connection(RequestHandler):
         self._discarding = False
         self._discarded_bytes = 0
         self._drained: asyncio.Future[None] | None = None
+        # aiohttp forgets its transport when it closes it, which may be long before the last bytes have left.
+        self._wire: asyncio.Transport | None = None
         self._stuck_bytes = 0
-        self.waiting_since = 0.0
+        self._waiting_since = 0.0
         #: whether a response of the fast lane is under way
         self.in_fast = False
         #: the transport's socket; None where bytes must not go past the transport (TLS)
@@ -135,17 +138,21 @@ class Connection(RequestHandler):
 
     async def send(self, data: bytes | memoryview) -> None:
         """Write through the transport and wait until the kernel has all of it. ConnectionError: the client is gone."""
+        self._open_transport().write(data)
+        if self._paused:
+            await self._drain_helper()
+
+    async def settle(self) -> None:
+        """Wait until the kernel has all that was written before. ConnectionError: the client is gone."""
+        if self._paused:
+            await self._drain_helper()
+        self._open_transport()
+
+    def _open_transport(self) -> asyncio.WriteTransport:
         transport = self.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
-        transport.write(data)
-        if self._paused:
-            self._stuck_bytes = 0
-            self.waiting_since = self._loop.time()
-            try:
-                await self._drain_helper()
-            finally:
-                self.waiting_since = 0.0
+        return transport
 
     def answered_fast(self) -> None:
         """The fast lane's response is complete: the connection is idle again from now on."""
@@ -177,6 +184,7 @@ class Connection(RequestHandler):
             transport.close()
             return
         super().connection_made(transport)
+        self._wire = transport
         # Nothing waits in the transport unnoticed: a sender is paused until the kernel has all it was given.
         transport.set_write_buffer_limits(high=0)
         if transport.get_extra_info("ssl_object") is None:
@@ -190,6 +198,16 @@ class Connection(RequestHandler):
         super().connection_lost(exc)
         if self._relay is not None:
             self._relay.close()
+
+    def pause_writing(self) -> None:
+        """The kernel did not take all: from now on the client's silence is timed."""
+        super().pause_writing()
+        self._stuck_bytes = 0
+        self._waiting_since = self._loop.time()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._waiting_since = 0.0
 
     def eof_received(self) -> None:
         self._end_discarding()
@@ -214,8 +232,8 @@ class Connection(RequestHandler):
             self._to_parser(data)
 
     def _idle(self) -> bool:
-        """Whether aiohttp waits for a request and has none."""
-        if self._messages or self._force_close or self._close or self._edge.draining:
+        """Whether aiohttp waits for a request and has none, and the client has taken what it was sent."""
+        if self._messages or self._paused or self._force_close or self._close or self._edge.draining:
             return False
         waiter = self._waiter
         # Before its first request a connection's task may not have come to wait yet.
@@ -311,13 +329,13 @@ class Connection(RequestHandler):
             self.refuse(S3Error("RequestTimeout"))
         if self._relay is not None and self._relay.busy and now - self._relay.moved_at > limits.send_timeout_s:
             self.drop()
-        if self.waiting_since and self.transport is not None:
-            left = self.transport.get_write_buffer_size()
+        if self._waiting_since and self._wire is not None:
+            left = self._wire.get_write_buffer_size()
             if left != self._stuck_bytes:
                 self._stuck_bytes = left
-                self.waiting_since = now
-            elif now - self.waiting_since > limits.send_timeout_s:
-                self.drop()
+                self._waiting_since = now
+            elif now - self._waiting_since > limits.send_timeout_s:
+                self._wire.abort()
 
     def close_if_idle(self) -> None:
         """While draining: end the connection unless a response is under way."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,14 +34,18 @@ def proxy(tmp_path: Any) -> Iterator[Proxy]:
     carrier.close_file()
 
 
-def get(proxy: Proxy, key: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
-    """Status (0: closed without an answer), headers, and all bytes until the connection ended."""
-    headers = {"host": "kos.test", "connection": "close"}
+def head_for(key: str, method: str, connection: str) -> bytes:
+    headers = {"host": "kos.test", "connection": connection}
     common: dict[str, Any] = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY, "region": "us-east-1", "now": NOW}
     headers |= sign_headers(method, f"/bucket/{key}", "", {"host": "kos.test"}, session_token=None, **common)
-    head = f"{method} /bucket/{key} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n"
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"{method} /bucket/{key} HTTP/1.1\r\n{lines}\r\n".encode()
+
+
+def get(proxy: Proxy, key: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+    """Status (0: closed without an answer), headers, and all bytes until the connection ended."""
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as connection:
-        connection.sendall(head.encode())
+        connection.sendall(head_for(key, method, "close"))
         received = b""
         with contextlib.suppress(ConnectionResetError):  # an aborted response may end in a reset
             while piece := connection.recv(1 << 20):
@@ -109,3 +114,25 @@ def test_a_client_that_leaves_gives_everything_back(proxy: Proxy) -> None:
         with socket.create_connection(("127.0.0.1", proxy.port)) as connection:
             connection.sendall(b"GET /bucket/%b HTTP/1.1\r\n" % key.encode())
     assert get(proxy, "here")[0] == 200
+
+
+def test_what_is_pipelined_behind_unread_answers_is_answered(proxy: Proxy) -> None:
+    """The fast lane fills the socket; the slow lane's sendfile has to wait until the transport has let go of it all."""
+    small = BODY[:30_000]
+    proxy.carrier.put("bucket", "small", small, ObjectMeta('"s"', len(small), "", ()))
+    sent = 0
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as connection:
+        assert proxy.edge is not None
+        while not any(one._paused for one in proxy.edge.connections):
+            connection.sendall(head_for("small", "GET", "keep-alive"))
+            sent += 1
+            while len(proxy.lines) < sent:
+                time.sleep(0.0005)
+        assert {line.lane for line in proxy.lines} == {"fast"}
+        connection.sendall(head_for("here", "GET", "keep-alive"))
+        connection.sendall(head_for("small", "GET", "close"))
+        received = b""
+        while piece := connection.recv(1 << 20):
+            received += piece
+    assert received.count(b"HTTP/1.1 200 OK") == sent + 2
+    assert received.count(BODY) == 1 and received.endswith(small)

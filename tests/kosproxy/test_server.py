@@ -31,7 +31,7 @@ def answer(body: bytes, status: str = "200 OK") -> bytes:
 
 
 class FakeLanes:
-    """/fast is answered at once, /file by sendfile, all else by the slow lane, which repeats what it was sent."""
+    """/fast and /copy are answered at once, /file by sendfile, all else by the slow lane, which repeats what it was sent."""
 
     def __init__(self, path: Path) -> None:
         path.write_bytes(BODY)
@@ -47,10 +47,10 @@ class FakeLanes:
         if data.count(b"\r\n\r\n") > 1:
             return False
         target = data.split(b" ")[1].decode()
-        if target == "/fast":
-            self.seen.append("fast")
+        if target in ("/fast", "/copy"):
+            self.seen.append(target[1:])
             assert connection.transport is not None
-            connection.transport.write(answer(b"fast"))
+            connection.transport.write(answer(b"fast" if target == "/fast" else BODY))
             connection.answered_fast()
             return True
         if target == "/file":
@@ -233,6 +233,33 @@ async def test_a_client_that_stops_reading_is_dropped(tmp_path: Path) -> None:
         async with asyncio.timeout(5):
             await until(lambda: not served.edge.connections)
         assert served.lanes.errors == ["RelayFailed"]
+        writer.close()
+
+
+async def test_a_client_that_takes_nothing_gets_nothing_more_from_the_fast_lane(tmp_path: Path) -> None:
+    """Else each of its small requests would leave an answer in memory."""
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET /copy HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: served.lanes.seen)
+        writer.write(b"GET /copy HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: served.lanes.begun)
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert (await read_answer(reader), await read_answer(reader)) == (BODY, b"")
+        assert served.lanes.seen == ["copy", "GET /copy 0"]
+        writer.close()
+
+
+@pytest.mark.parametrize("keepalive_s", [0.1, 75.0])
+async def test_a_client_that_never_takes_the_end_of_an_answer_is_dropped(tmp_path: Path, keepalive_s: float) -> None:
+    async with serving(tmp_path, send_timeout_s=0.3, keepalive_s=keepalive_s) as served:
+        _, writer = await served.open()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET /copy HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: served.lanes.seen)
+        async with asyncio.timeout(5):
+            await until(lambda: not served.edge.connections)
         writer.close()
 
 
