@@ -256,24 +256,31 @@ def _run_batch(store: Storing | None, batch: list[_Call]) -> tuple[list[Any], li
             results += _together(store.put_small, calls)
         else:
             results += [_alone(store, call) for call in calls]
-    try:
-        return results, store.evict(), None
-    except StoreFailed as error:
-        return results, [], error  # the segments that went are named by the next call
+    gone = _guarded(store.evict)
+    if isinstance(gone, StoreFailed):
+        return results, [], gone  # the segments that went are named by the next call
+    return results, gone, None
 
 
 def _together(put: Callable[[list[Any]], list[bool]], calls: list[_Call]) -> list[Any]:
-    try:
-        return list(put([call.item for call in calls]))
-    except StoreFailed as error:
-        return [error] * len(calls)
+    done = _guarded(lambda: put([call.item for call in calls]))
+    return [done] * len(calls) if isinstance(done, StoreFailed) else list(done)
 
 
 def _alone(store: Storing, call: _Call) -> Any:
+    return _guarded(lambda: call.run(store))
+
+
+def _guarded(run: Callable[[], Any]) -> Any:
+    """What the store answers, or the StoreFailed. A bug in the store is one too: if it ended the thread's work, whoever
+    asked would wait for ever."""
     try:
-        return call.run(store)
+        return run()
     except StoreFailed as error:
         return error
+    except Exception as error:
+        _log.exception("the store failed unexpectedly")
+        return StoreFailed(f"unexpected: {error!r}")
 
 
 def _reserve(store: Storing, content: bytes, number: int, length: int, inline: bool) -> Any:
