@@ -18,6 +18,7 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class Daemon:
             fills_max_bytes=self._cache.fills_max_bytes,
             small_bytes=self._cache.small_bytes,
             timeout_s=self._cache.lease_timeout_s,
+            first=secrets.randbits(56),
         )
         self._keeper = Keeper(
             open_store,

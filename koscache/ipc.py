@@ -28,6 +28,8 @@ _log = logging.getLogger("koscache.ipc")
 #: File name of the socket in cache.dir.
 SOCKET_NAME: Final = "daemon.sock"
 _LENGTH_BYTES: Final = 4
+#: A connection that is closed has so long to send what is queued: its peer may be stopped and never read it.
+_CLOSE_S: Final = 1.0
 
 
 class OpenOutcome(enum.IntEnum):
@@ -89,12 +91,14 @@ class Hello(Message, frozen=True, tag=1):
 
 
 class AskOpen(Message, frozen=True, tag=2):
-    """May I ask the origin about this key? fence: the key's fence value when the reader came."""
+    """May I ask the origin about this key? fence: the key's fence value when the reader came. insist: what another leader
+    brought before this question was asked does not do (too old, or without checksums)."""
 
     ask: int
     bucket: str
     key: str
     fence: int
+    insist: bool = False
 
 
 class OpenDone(Message, frozen=True, tag=3):
@@ -464,7 +468,12 @@ class Connection(asyncio.Protocol):
             self._transport = None
 
     async def close(self) -> None:
-        """Sends what is queued and ends."""
+        """Sends what is queued, if the peer reads it soon, and ends."""
         if self._transport is not None:
             self._transport.close()
-        await asyncio.shield(self._closed)
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await asyncio.shield(self._closed)
+        except TimeoutError:
+            self.abort("the peer does not read")
+            await asyncio.shield(self._closed)

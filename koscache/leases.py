@@ -4,19 +4,21 @@ Owns: open leases (one per bucket, key and fence value), block leases (one per c
 fills, the memory of first touches. Does not own: the store, sockets, time (the shell, koscache.daemon, carries out the
 commands that every event returns, and feeds back how they went).
 
-Invariant: for each key of a lease at most one worker leads at any moment, and every question is answered exactly once
-or its worker is gone. Granted bytes never exceed fills_max.
+Invariant: for each key of a lease at most one worker leads (the origin is asked once) at any moment, and every question
+is answered exactly once or its worker is gone. Granted bytes never exceed fills_max.
 
 A block lease:   ask ──▶ RESERVING ──reserved──▶ FILLING ──block_done──▶ STORING ──stored──▶ (gone, COMMITTED)
                             │ here, refused          │ failed, died, stalled    │ not stored
                             ▼                        ▼                          ▼
                          (gone)             (gone, followers told which)   (gone, DISK_FAILED)
-An open lease:   ask ──▶ LEADING ──open_done STORED──▶ STORING ──stored──▶ (gone, all told)
+An open lease:   ask ──▶ LEADING ──open_done STORED──▶ STORING (all told, also who asks now) ──stored──▶ (gone)
                             │ any other outcome: (gone, all told)
                             │ leader died, stalled: the first who waits leads; nobody waits: (gone)
 
 A follower of a fill that died asks again; the first to do so leads, with a fresh extent: space that a lost leader may
 still write into is never granted a second time.
+
+Whoever asked hears of an open's record before it is in the index: a disk that stands still holds up no reader.
 """
 
 from __future__ import annotations
@@ -145,7 +147,8 @@ class Leases:
 
     fills_max_bytes: all fills together. small_bytes: blocks up to this travel in messages. waiting_max: leases, and
     questions that wait on one of them. touches_max: remembered first touches. timeout_s: a leader silent for so long
-    has lost its lease.
+    has lost its lease. first: leases are numbered from here on. What a worker has to say of the lease of a daemon that
+    died must mean nothing to the next one, or the record of one object is stored as another's: so a random number.
     """
 
     def __init__(
@@ -156,13 +159,14 @@ class Leases:
         timeout_s: float,
         waiting_max: int = 65536,
         touches_max: int = 65536,
+        first: int = NO_LEASE,
     ) -> None:
         self._fills_max_bytes = fills_max_bytes
         self._small_bytes = small_bytes
         self._timeout_s = timeout_s
         self._waiting_max = waiting_max
         self._touches_max = touches_max
-        self._next = NO_LEASE
+        self._next = first
         self._opens: dict[int, _Open] = {}
         self._open_of: dict[OpenKey, int] = {}
         self._blocks: dict[int, _Block] = {}
@@ -192,10 +196,13 @@ class Leases:
         number = self._open_of.get(key)
         if number is not None:
             lease = self._opens[number]
-            if len(lease.waiting) >= self._waiting_max:
-                return [Send(worker, ipc.OpenLead(message.ask, NO_LEASE))]
-            lease.waiting.append((worker, message.ask))
-            return []
+            if lease.done is None:
+                if len(lease.waiting) >= self._waiting_max:
+                    return [Send(worker, ipc.OpenLead(message.ask, NO_LEASE))]
+                lease.waiting.append((worker, message.ask))
+                return []
+            if not message.insist:
+                return [Send(worker, _open_ended(message.ask, lease.done))]
         if len(self._opens) >= self._waiting_max:
             return [Send(worker, ipc.OpenLead(message.ask, NO_LEASE))]
         number = self._number()
@@ -212,27 +219,28 @@ class Leases:
         bucket, key, _ = lease.key
         lease.ask, lease.done, lease.active_at = message.ask, message, now
         if message.outcome is OpenOutcome.STORED:
-            return [StoreOpen(message.lease, bucket, key, message)]
-        commands = self._end_open(message.lease, lease, message, stored=True)
+            # Stored first, so that whoever asks for the block as soon as he is told finds it.
+            return [StoreOpen(message.lease, bucket, key, message), *self._tell_waiting(lease, message)]
+        commands: list[Command] = []
         if message.outcome is OpenOutcome.REFUSED:
-            commands.insert(0, ForgetRecord(bucket, key))
-        return commands
+            commands.append(ForgetRecord(bucket, key))
+        return [*commands, *self._end_open(message.lease, lease, stored=True), *self._tell_waiting(lease, message)]
 
     def open_stored(self, number: int, stored: bool) -> list[Command]:
-        """The record is in the index, or the store failed; whoever waits gets it either way."""
+        """The record is in the index, or the store failed."""
         lease = self._opens[number]
         assert lease.done is not None, "stored before it was done"
-        return self._end_open(number, lease, lease.done, stored)
+        return self._end_open(number, lease, stored)
 
-    def _end_open(self, number: int, lease: _Open, done: ipc.OpenDone, stored: bool) -> list[Command]:
-        del self._opens[number], self._open_of[lease.key]
-        commands: list[Command] = []
-        if lease.leader is not None:
-            commands.append(Send(lease.leader, ipc.Done(lease.ask, stored)))
-        for worker, ask in lease.waiting:
-            ended = ipc.OpenEnded(ask, done.outcome, done.reason, done.record, done.refusal, done.retry_after_s)
-            commands.append(Send(worker, ended))
-        return commands
+    def _end_open(self, number: int, lease: _Open, stored: bool) -> list[Command]:
+        del self._opens[number]
+        if self._open_of.get(lease.key) == number:
+            del self._open_of[lease.key]
+        return [] if lease.leader is None else [Send(lease.leader, ipc.Done(lease.ask, stored))]
+
+    def _tell_waiting(self, lease: _Open, done: ipc.OpenDone) -> list[Command]:
+        waiting, lease.waiting = lease.waiting, []
+        return [Send(worker, _open_ended(ask, done)) for worker, ask in waiting]
 
     def _next_leader(self, number: int, lease: _Open, now: float) -> list[Command]:
         if not lease.waiting:
@@ -414,3 +422,7 @@ class Leases:
     def _number(self) -> int:
         self._next += 1
         return self._next
+
+
+def _open_ended(ask: int, done: ipc.OpenDone) -> ipc.OpenEnded:
+    return ipc.OpenEnded(ask, done.outcome, done.reason, done.record, done.refusal, done.retry_after_s)

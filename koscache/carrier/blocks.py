@@ -142,7 +142,8 @@ class Blocks:
             await fill.run()
         finally:
             metrics.FILLS_IN_FLIGHT.dec()
-            self._fills.pop(lease, None)
+            if self._fills.get(lease) is fill:
+                del self._fills[lease]
             if self._growing.get(at) is growing:
                 del self._growing[at]
 

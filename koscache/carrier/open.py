@@ -18,6 +18,7 @@ The request belongs to the worker: whoever started a flight may go away, the oth
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ from koscache.carrier.ask_origin import Answer, ask_origin
 from koscache.carrier.blocks import Blocks
 from koscache.carrier.context import Context
 from koscache.carrier.fetch import refused, service_unavailable
-from koscache.carrier.first import First, Kind, is_small, plan
+from koscache.carrier.first import First, Kind, is_small, is_weak, plan
 from koscache.carrier.ticket import Ticket
 from koscache.carrier.types import Opened, Phase, Reason, Want
 from koscache.content import Freshness, Record, block_count, body_checksum, judge
@@ -52,7 +53,7 @@ _WHY = {
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """One question to the origin and all who wait for it. gone: it is in the table no more."""
+    """One question to the origin and all who wait for it. gone: it is in the table no more. insist: as in ipc.AskOpen."""
 
     bucket: str
     key: str
@@ -63,6 +64,7 @@ class _Flight:
     landed: asyncio.Future[Answer]
     gone: asyncio.Future[None]
     alone: bool = False
+    insist: bool = False
     wanted: bool = True
 
     def land(self, answer: Answer) -> None:
@@ -96,20 +98,21 @@ class Opener:
         rule = context.rules.match(bucket, key)
         arrived = context.clock.now()
         requests = 0
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             fence = context.reader.fence.value_of(bucket, key)
             record = context.reader.record(bucket, key)
             now = context.clock.now()
+            arrived = min(arrived, now)  # the clock may have been set back meanwhile
             freshness, age_s = judge(record, fence, now, rule.freshness)
-            why = _WHY[freshness]
+            why, usable = _WHY[freshness], None
             if record is not None and (
                 freshness is Freshness.FRESH
                 or (freshness is Freshness.EXPIRED and arrived <= record.validated_at <= now)
             ):
                 if not _lacks_checksums(record, want):
                     return self._found(bucket, key, want, record, age_s, requests)
-                why = Reason.CHECKSUMS
-            flight, mine = self._join(bucket, key, fence, record, want, why)
+                why, usable = Reason.CHECKSUMS, record
+            flight, mine = self._join(bucket, key, fence, record, want, why, insist=attempt > 0)
             try:
                 answer = await asyncio.shield(flight.landed)
             except asyncio.CancelledError:
@@ -118,6 +121,8 @@ class Opener:
                 raise
             if mine:
                 requests += answer.requests
+            if usable is not None and answer.outcome is OpenOutcome.UNAVAILABLE:
+                return self._found(bucket, key, want, usable, age_s, 0)  # rather without checksums than not at all
             stale = record if freshness is Freshness.EXPIRED else None
             opened = await self._conclude(flight, mine, answer, rule, want, arrived, stale)
             if opened is not None:
@@ -149,13 +154,14 @@ class Opener:
         return all(self._blocks.here(record, number) is not None for number in range(first, last))
 
     def _join(
-        self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason
+        self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason, *, insist: bool
     ) -> tuple[_Flight, bool]:
         at = (bucket, key, fence)
         flight = self._flights.get(at)
         if flight is not None:
             return flight, False
         flight = self._new(bucket, key, fence, known, want, why)
+        flight.insist = insist
         self._flights[at] = flight
         try:
             self._context.tasks.spawn(self._fly(flight, at), "open")
@@ -215,7 +221,8 @@ class Opener:
     async def _not_stored(self, flight: _Flight, answer: Answer, record: Record, want: Want) -> Opened:
         """The bytes of that very answer, if they are all of the body or the rest can be asked for by version."""
         ticket = answer.ticket
-        if record.etag or want.head_only or (ticket is not None and _covers(ticket, record, want)):
+        by_version = record.etag != "" and not is_weak(record.etag)
+        if by_version or want.head_only or (ticket is not None and _covers(ticket, record, want)):
             reason = Reason(answer.reason)
             return Opened(
                 flight.bucket, flight.key, record, Phase.BYPASS, reason, None, 0, want, stored=False, ticket=ticket
@@ -256,12 +263,18 @@ class Opener:
         try:
             said: Any = None
             if link.caching:
-                said = await link.answer(lambda ask: ipc.AskOpen(ask, flight.bucket, flight.key, flight.fence))
+                said = await link.answer(
+                    lambda ask: ipc.AskOpen(ask, flight.bucket, flight.key, flight.fence, flight.insist)
+                )
             if isinstance(said, ipc.OpenEnded):
                 flight.land(Answer(said.outcome, said.reason, said.record, said.refusal, said.retry_after_s))
                 return
             lease = said.lease if isinstance(said, ipc.OpenLead) else NO_LEASE
             flight.alone = lease == NO_LEASE
+            found = self._meanwhile(flight)
+            if found is not None:
+                flight.land(found)
+                return
             answer = await self._ask(flight)
             if flight.alone:
                 if answer.outcome is OpenOutcome.REFUSED and flight.known is not None:
@@ -272,7 +285,9 @@ class Opener:
             stored = self._tell(flight, mine, answer)
             if answer.outcome is not OpenOutcome.STORED:
                 self._leave_table(flight, at)  # who comes now asks for himself
-            await stored
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._context.cache.ipc_timeout_s):
+                    await stored  # a disk that stands still: who comes now asks the daemon himself
         finally:
             if lease != NO_LEASE:
                 given_up = lease
@@ -285,6 +300,20 @@ class Opener:
             del self._flights[at]
         if not flight.gone.done():
             flight.gone.set_result(None)
+
+    def _meanwhile(self, flight: _Flight) -> Answer | None:
+        """The second look, without which two ask:
+
+        this flight: index: nothing ................ ask ──▶ nobody leads: you lead
+        another one:                 record ─▶ index, ended
+        """
+        context = self._context
+        record = context.reader.record(flight.bucket, flight.key)
+        fresh_s = context.rules.match(flight.bucket, flight.key).freshness
+        freshness, _ = judge(record, flight.fence, context.clock.now(), fresh_s)
+        if record is None or freshness is not Freshness.FRESH or flight.why is Reason.CHECKSUMS:
+            return None
+        return Answer(OpenOutcome.STORED, record=record)
 
     async def _ask(self, flight: _Flight) -> Answer:
         cache = self._context.cache
@@ -330,7 +359,8 @@ class Opener:
 
         self._context.link.ask(
             lambda ask: ipc.OpenDone(
-                ask, lease, answer.outcome, answer.reason, record,
+                ask, lease, answer.outcome, answer.reason,
+                record if answer.outcome is OpenOutcome.STORED else None,
                 b"" if record is None else record.content, block or 0, checksum, body, answer.refusal,
                 answer.retry_after_s,
             ),

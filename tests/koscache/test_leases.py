@@ -32,8 +32,8 @@ def leases() -> Leases:
     return Leases(fills_max_bytes=250, small_bytes=10, timeout_s=60, touches_max=2)
 
 
-def asks_open(worker: int, ask: int, fence: int = 9, now: float = 0) -> Event:
-    return lambda table: table.ask_open(worker, ipc.AskOpen(ask, "b", "k", fence), now)
+def asks_open(worker: int, ask: int, fence: int = 9, now: float = 0, insist: bool = False) -> Event:
+    return lambda table: table.ask_open(worker, ipc.AskOpen(ask, "b", "k", fence, insist), now)
 
 
 def open_done(worker: int, ask: int, lease: int, outcome: OpenOutcome = OpenOutcome.STORED) -> Event:
@@ -83,18 +83,15 @@ def ended(ask: int) -> ipc.OpenEnded:
 # --- opens ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_asks_the_origin_and_all_get_the_record_when_it_is_in_the_index(leases: Leases) -> None:
+def test_one_asks_the_origin_and_all_get_the_record_before_it_is_in_the_index(leases: Leases) -> None:
     done = ipc.OpenDone(2, 1, OpenOutcome.STORED, "cold", RECORD)
     script(
         leases,
         (asks_open(A, 1), [Send(A, ipc.OpenLead(1, 1))]),
         (asks_open(B, 1), []),
-        (open_done(A, 2, 1), [StoreOpen(1, "b", "k", done)]),
-        (asks_open(C, 1), []),
-        (
-            lambda table: table.open_stored(1, True),
-            [Send(A, ipc.Done(2, True)), Send(B, ended(1)), Send(C, ended(1))],
-        ),
+        (open_done(A, 2, 1), [StoreOpen(1, "b", "k", done), Send(B, ended(1))]),
+        (asks_open(C, 1), [Send(C, ended(1))]),
+        (lambda table: table.open_stored(1, True), [Send(A, ipc.Done(2, True))]),
         (asks_open(B, 2), [Send(B, ipc.OpenLead(2, 2))]),
     )
 
@@ -121,15 +118,37 @@ def test_an_open_whose_leader_dies_is_led_by_the_next_and_the_dead_ones_word_cou
     assert leases.opens == 0
 
 
+def test_whom_a_record_does_not_do_while_it_is_stored_asks_the_origin(leases: Leases) -> None:
+    done = ipc.OpenDone(2, 1, OpenOutcome.STORED, "cold", RECORD)
+    script(
+        leases,
+        (asks_open(A, 1), [Send(A, ipc.OpenLead(1, 1))]),
+        (open_done(A, 2, 1), [StoreOpen(1, "b", "k", done)]),
+        (asks_open(B, 1, insist=True), [Send(B, ipc.OpenLead(1, 2))]),
+        (asks_open(C, 1, insist=True), []),
+        (lambda table: table.open_stored(1, True), [Send(A, ipc.Done(2, True))]),
+        (asks_open(A, 3), []),
+        (dies(B), [Send(C, ipc.OpenLead(1, 3))]),
+    )
+
+
+def test_leases_are_numbered_from_where_the_caller_says() -> None:
+    table = Leases(fills_max_bytes=250, small_bytes=10, timeout_s=60, first=1000)
+    script(
+        table, (asks_open(A, 1), [Send(A, ipc.OpenLead(1, 1001))]), (open_done(A, 2, 1), [Send(A, ipc.Done(2, False))])
+    )
+
+
 def test_a_leader_that_dies_while_its_record_is_stored_still_serves_those_who_wait(leases: Leases) -> None:
     done = ipc.OpenDone(2, 1, OpenOutcome.STORED, "cold", RECORD)
     script(
         leases,
         (asks_open(A, 1), [Send(A, ipc.OpenLead(1, 1))]),
         (asks_open(B, 5), []),
-        (open_done(A, 2, 1), [StoreOpen(1, "b", "k", done)]),
+        (open_done(A, 2, 1), [StoreOpen(1, "b", "k", done), Send(B, ended(5))]),
         (dies(A), []),
-        (lambda table: table.open_stored(1, True), [Send(B, ended(5))]),
+        (asks_open(C, 6), [Send(C, ended(6))]),
+        (lambda table: table.open_stored(1, True), []),
     )
 
 
