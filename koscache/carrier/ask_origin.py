@@ -67,7 +67,11 @@ async def ask_origin(
             asking = First("HEAD", Kind.HEAD)
             continue
         if judged.verdict is not Verdict.EMPTY_OR_OUTSIDE:
-            answer = await _answer(bucket, key, fence, known, asking, judged, response, validated_at)
+            try:
+                answer = await _answer(bucket, key, fence, known, asking, judged, response, validated_at)
+            except BaseException:
+                response.close()
+                raise
             answer.requests = requests
             if known is not None and answer.record is not None and answer.record.content == known.content:
                 answer.renewed = answer.ticket is None and answer.body is None

@@ -150,6 +150,8 @@ class Body:
                     continue
                 if blocks.unverified(record, number):
                     return PassReason.DAEMON_AWAY
+            if not self._context.link.caching:
+                return PassReason.DAEMON_AWAY  # or it is there and would say no: not worth waiting for
             asked = blocks.ask(opened.bucket, opened.key, record, number, touch=self._touch, on_request=self._counted)
             try:
                 async with asyncio.timeout(self._context.cache.ipc_timeout_s):

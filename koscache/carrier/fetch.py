@@ -24,6 +24,7 @@ from koscache.ipc import Refusal
 
 #: Bytes of an error document that are kept to be relayed.
 REFUSAL_MAX_BYTES = 64 * 1024
+_REFUSAL_HEADERS_MAX_BYTES = 16 * 1024
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,20})-([0-9]{1,20})/([0-9]{1,20})", re.ASCII)
 
@@ -51,11 +52,15 @@ async def refusal(response: OriginResponse) -> Refusal:
         body = b""
     finally:
         response.close()
-    headers = tuple(
-        (name.encode("utf-8", "surrogateescape"), value.encode("utf-8", "surrogateescape"))
-        for name, value in response.headers.items()
-    )
-    return Refusal(response.status, headers, body)
+    headers: list[tuple[bytes, bytes]] = []
+    left = _REFUSAL_HEADERS_MAX_BYTES
+    for name, value in response.headers.items():
+        field = name.encode("utf-8", "surrogateescape"), value.encode("utf-8", "surrogateescape")
+        left -= len(field[0]) + len(field[1])
+        if left < 0:
+            break  # it must fit into a message
+        headers.append(field)
+    return Refusal(response.status, tuple(headers), body)
 
 
 def refused(said: Refusal) -> OriginRefused:

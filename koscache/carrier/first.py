@@ -11,11 +11,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from kos.s3.object_response import ObjectMeta, meta_from_headers
 from kos.s3.ranges import RangeSpec
 from koscache.carrier.types import Reason, Want
 from koscache.content import Record
+
+#: S3 allows 8 KiB of headers with 2 KiB of user metadata among them; a message has room for twice this beside a body.
+_META_MAX_BYTES: Final = 32 * 1024
 
 
 class Kind(enum.Enum):
@@ -47,8 +51,8 @@ class First:
 def plan(want: Want, record: Record | None, *, block_bytes: int, random_bytes: int, alone: bool) -> First:
     """The request to open with. record: known, but to be revalidated. alone: nothing will be stored."""
     etag = None if record is None else record.etag
-    if want.head_only and want.checksum_mode and record is not None and not record.checksums_known:
-        etag = None  # a 304 would not bring them
+    if want.checksum_mode and want.range is None and record is not None and not record.checksums_known:
+        return First("HEAD", Kind.HEAD)  # a 304 would not bring them
     if want.head_only or (want.conditional and record is None):
         # A conditional read of something unknown is mostly answered without a body: do not have one sent for nothing.
         return First("HEAD", Kind.HEAD, None, etag)
@@ -124,13 +128,12 @@ def judge_answer(first: First, status: int, headers: Mapping[str, str]) -> Judge
         return Judged(Verdict.REFUSED, Reason.COLD)
     named = {name.lower(): value for name, value in headers.items()}
     etag = named.get("etag", "").strip()
-    if not etag or etag.startswith("W/"):
-        # A weak ETag may name two versions that differ in their bytes, and never satisfies If-Match.
-        return Judged(Verdict.NOT_STORED, Reason.NO_ETAG, _meta(status, named, headers))
     meta = _meta(status, named, headers)
     if meta is None:
         return Judged(Verdict.UNAVAILABLE, Reason.ORIGIN_DOWN)
-    if _forbids_storing(named.get("cache-control", "")) or not _encodable(meta):
+    if not etag or is_weak(etag):
+        return Judged(Verdict.NOT_STORED, Reason.NO_ETAG, meta)
+    if _forbids_storing(named.get("cache-control", "")) or not _keepable(meta):
         return Judged(Verdict.NOT_STORED, Reason.NO_STORE, meta)
     return Judged(Verdict.VERSION, Reason.COLD if first.if_none_match is None else Reason.CHANGED, meta)
 
@@ -148,12 +151,18 @@ def _forbids_storing(cache_control: str) -> bool:
     return not directives.isdisjoint(("no-store", "private"))
 
 
-def _encodable(meta: ObjectMeta) -> bool:
-    """Whether all text is proper UTF-8: bytes that are none (held as surrogates) cannot go into the index."""
+def is_weak(etag: str) -> bool:
+    """A weak ETag may name two versions that differ in their bytes, and never satisfies If-Match."""
+    return etag.startswith("W/")
+
+
+def _keepable(meta: ObjectMeta) -> bool:
+    """Whether it can go into messages and the index: not too large, and all of it proper UTF-8 (bytes that are none are
+    held as surrogates)."""
+    size = 0
     try:
         for name, value in (*meta.headers, *meta.checksums, (meta.etag, meta.last_modified)):
-            name.encode()
-            value.encode()
+            size += len(name.encode()) + len(value.encode())
     except UnicodeEncodeError:
         return False
-    return True
+    return size <= _META_MAX_BYTES
