@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from kos.s3.object_response import ObjectMeta
+from kos.s3.object_response import ObjectMeta, Template
 
 CONTENT_BYTES = 16
 
@@ -111,6 +111,11 @@ class Record(msgspec.Struct, frozen=True, array_like=True, dict=True):
             checksums=self.checksums,
             checksums_known=self.checksums_known,
         )
+
+    @cached_property
+    def answers(self) -> dict[str, Template]:
+        """Heads of answers to plain requests, by what they ask; made by who answers, kept as long as the record."""
+        return {}
 
     def revalidated(self, validated_at: float, fence: int) -> Record:
         """The same version, vouched for anew."""

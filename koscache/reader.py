@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import lmdb
 
@@ -27,6 +27,16 @@ __all__ = ["Reader", "SegmentGone"]
 
 #: decoded records kept; of about 2 KiB each
 _DECODED_MAX: Final = 8192
+#: finds of first() kept; they share their records with the above, mostly
+_FOUND_MAX: Final = 8192
+
+
+class Found(NamedTuple):
+    """An object's record, the fence slot that may speak against it, and the place of its first block if that is here."""
+
+    record: Record
+    slot: int
+    location: Location | None
 
 
 class _Held:
@@ -52,6 +62,8 @@ class Reader:
         self._environment: Environment | None = None
         self._lock = threading.Lock()
         self._decoded: dict[bytes, tuple[bytes, Named]] = {}
+        self._found: dict[tuple[str, str], Found] = {}
+        self._found_in = -1  # the state of the index (its transaction) that _found is of
         self._held: dict[int, _Held] = {}  # least recently lent first, roughly
         self.errors_count = 0
 
@@ -100,6 +112,8 @@ class Reader:
 
     def _detach(self) -> None:
         self._decoded.clear()
+        self._found.clear()
+        self._found_in = -1
         if self._environment is not None:
             self._environment.detach()
             self._environment = None
@@ -132,6 +146,52 @@ class Reader:
                 named = found
                 self._remember(hashed, value, named)
         return named.record if named.key == key and named.bucket == bucket else None
+
+    def first(self, bucket: str, key: str) -> Found | None:
+        """record() and locate() of block 0 in one, from one state of the index.
+
+        What was found is remembered as long as the index stays as it is, which one look at its transaction number tells:
+        a node that only serves hits looks each object up once.
+        """
+        with self._lock:
+            environment = self._environment
+            if environment is None:
+                return None
+            try:
+                txn = environment.env.begin(environment.objects)
+                try:
+                    state = txn.id()
+                    if state != self._found_in:
+                        self._found.clear()
+                        self._found_in = state
+                    found = self._found.get((bucket, key))
+                    if found is None:
+                        found = self._look_up(txn, environment, bucket, key)
+                        if found is not None:
+                            if len(self._found) >= _FOUND_MAX:
+                                self._found.clear()
+                            self._found[bucket, key] = found
+                    return found
+                finally:
+                    txn.abort()
+            except lmdb.Error:
+                self.errors_count += 1
+                return None
+
+    def _look_up(self, txn: Any, environment: Environment, bucket: str, key: str) -> Found | None:
+        hashed = object_hash(bucket, key)
+        value = txn.get(hashed)
+        if value is None:
+            return None
+        known = self._decoded.get(hashed)
+        named = known[1] if known is not None and known[0] == value else ix.decode_record(hashed, value)
+        if named is None or named.key != key or named.bucket != bucket:
+            return None
+        self._remember(hashed, value, named)
+        block = ix.block_key(named.record.content, 0)
+        place = txn.get(block, db=environment.blocks)
+        location = None if place is None else ix.decode_location(block, place)
+        return Found(named.record, self.fence.slot(bucket, key), location)
 
     def _remember(self, hashed: bytes, value: bytes, named: Named) -> None:
         if len(self._decoded) >= _DECODED_MAX and hashed not in self._decoded:

@@ -19,14 +19,19 @@ from kos import metrics
 from kos.errors import S3Error
 from kos.s3 import object_response, sigv4
 from kos.s3 import operation as operations
+from kos.s3.conditions import CONDITION_HEADERS
 from kos.s3.head import RequestHead, parse_head
+from kos.s3.object_response import Template
 from kos.s3.operation import Handling, Operation
-from koscache.carrier import FilePiece, Freshness, Phase, Reason
+from kos.s3.sigv4 import Claimed
+from koscache.carrier import FilePiece, Freshness, Phase, Reason, Record
 from kosproxy.access_log import Line, printable, time_text
 from kosproxy.parts import Parts
 from kosproxy.render import cache_note
 from kosproxy.server import Connection
 
+#: Presigned heads that are remembered parsed; each has at most HEAD_MAX_BYTES, most have half a KiB.
+_KNOWN_MAX: Final = 2048
 #: Up to here one copy through this process costs less than setting up a sendfile.
 _COPY_BYTES: Final = 32 * 1024
 
@@ -40,6 +45,18 @@ _STATUS: Final = {200: "200", 206: "206", 304: "304"}
 _HIT_BYTES: Final = ("hit",)
 
 
+class _Request(NamedTuple):
+    """What a head asks for, parsed: a pure function of its bytes. plain: what of it decides the head of the answer to a
+    plain read, None when the request has a range, conditions or parameters that have a say as well."""
+
+    head: RequestHead
+    operation: Operation
+    claimed: Claimed
+    bucket: str
+    key: str
+    plain: str | None
+
+
 class _Served(NamedTuple):
     """What is left to be written down of a request when its last byte has gone."""
 
@@ -47,8 +64,7 @@ class _Served(NamedTuple):
     now: float
     request_id: str
     access_key: str
-    head: RequestHead
-    operation: Operation
+    request: _Request
     status: int
 
 
@@ -63,56 +79,87 @@ class FastLane:
         self._monotonic = parts.clock.monotonic
         self._request_id = parts.request_ids.next
         self._peek = carrier.peek
+        self._piece = carrier.piece
         self._cached = carrier.cached
         self._give_back = carrier.give_back
         self._log = parts.access_log.write if parts.access_log.enabled else None
         # Nothing else runs between filling and sending it: one buffer does for all connections.
         self._buffer = memoryview(bytearray(_COPY_BYTES))
+        self._known: dict[bytes, _Request] = {}
 
     def answer(self, connection: Connection, data: bytes) -> bool:
         """Answer one complete head if that can be done at once. False: nothing was done."""
         started = self._monotonic()
-        head = parse_head(data)
-        if head is None or connection.socket is None:
-            return False
-        headers = head.headers
-        if "connection" in headers and headers["connection"].lower() != "keep-alive":
+        request = self._known.get(data) or self._parse(data)
+        if request is None or connection.socket is None:
             return False
         now = self._now()
+        try:
+            identity = sigv4.check(request.claimed, self._secrets, now)
+            record, freshness, age_s, _, first = self._peek(request.bucket, request.key, now)
+            if freshness is not _FRESH or record is None:
+                return False
+            template = self._template(request, record)
+        except S3Error:
+            return False
+        if template is None:
+            return False
+        status, start, stop, *_ = template
+        pieces: Sequence[FilePiece] = ()
+        if start < stop:
+            piece = None if first is None else self._piece(record, first, start, stop)
+            cached = self._cached(record, request.bucket, request.key, start, stop) if piece is None else (piece,)
+            if cached is None:
+                return False
+            pieces = cached
+        request_id = self._request_id()
+        text = template.render(request_id, object_response.http_date(now), int(age_s))
+        served = _Served(started, now, request_id, identity.access_key, request, status)
+        if stop - start > _COPY_BYTES:
+            return self._relay(connection, text, pieces, served)
+        return self._copy(connection, text, pieces, stop - start, served)
+
+    def _parse(self, data: bytes) -> _Request | None:
+        """What a head asks for; None if it is nothing for this lane."""
+        head = parse_head(data)
+        if head is None:
+            return None
+        headers = head.headers
+        if "connection" in headers and headers["connection"].lower() != "keep-alive":
+            return None
         try:
             operation = operations.parse(head, self._domain)
             _, handling, bucket, key, params, *_ = operation
             if handling is not _READ:
-                return False
-            identity = sigv4.verify(head, self._secrets, now)
-            assert bucket is not None and key is not None
-            record, freshness, age_s, _ = self._peek(bucket, key)
-            if freshness is not _FRESH or record is None:
-                return False
-            if not record.checksums_known and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED":
-                return False
-            request_id = self._request_id()
-            status, out, start, stop = object_response.answer(
-                head,
-                params,
-                record.meta,
-                cache_note=_NOTE,
-                age_s=int(age_s),
-                request_id=request_id,
-                date=object_response.http_date(now),
-            )
+                return None
+            claimed = sigv4.claim_of(head)
         except S3Error:
-            return False
-        pieces: Sequence[FilePiece] = ()
-        if start < stop:
-            cached = self._cached(record, bucket, key, start, stop)
-            if cached is None:
-                return False
-            pieces = cached
-        served = _Served(started, now, request_id, identity.access_key, head, operation, status)
-        if stop - start > _COPY_BYTES:
-            return self._relay(connection, object_response.render_head(status, out), pieces, served)
-        return self._copy(connection, object_response.render_head(status, out), pieces, stop - start, served)
+            return None
+        assert bucket is not None and key is not None
+        plain = None
+        if not params and "range" not in headers and CONDITION_HEADERS.isdisjoint(headers):
+            plain = f"{head.method} {headers.get('x-amz-checksum-mode', '').upper() == 'ENABLED'}"
+        request = _Request(head, operation, claimed, bucket, key, plain)
+        if claimed.presigned is not None:
+            # A presigned URL comes again, byte for byte; a head with an Authorization carries a date and does not.
+            if len(self._known) >= _KNOWN_MAX:
+                self._known.clear()
+            self._known[data] = request
+        return request
+
+    def _template(self, request: _Request, record: Record) -> Template | None:
+        """The answer's head. Raises S3Error for an answer that is an error; None where this lane cannot give it."""
+        plain = request.plain
+        known = None if plain is None else record.answers.get(plain)
+        if known is not None:
+            return known
+        head = request.head
+        if not record.checksums_known and head.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED":
+            return None
+        template = object_response.template(head, request.operation.params, record.meta, cache_note=_NOTE)
+        if plain is not None and template is not None:
+            record.answers[plain] = template
+        return template
 
     def _copy(
         self, connection: Connection, head: bytes, pieces: Sequence[FilePiece], length: int, served: _Served
@@ -174,9 +221,8 @@ class FastLane:
         failure: BaseException | None,
     ) -> None:
         """Count the request and log it. first_byte: when it left; None: just now, with the last one."""
-        started, now, request_id, access_key, head, operation, status = served
-        op, _, bucket, key, *_ = operation
-        name = op._name_
+        started, now, request_id, access_key, request, status = served
+        name = request.operation.op._name_
         metrics.REQUEST_COUNTS.add((name, _STATUS[status], "fast", _HIT))
         if sent_bytes:
             metrics.BYTE_COUNTS.add(_HIT_BYTES, sent_bytes)
@@ -189,9 +235,9 @@ class FastLane:
                     connection.client,
                     access_key,
                     name,
-                    bucket,
-                    printable(key),
-                    printable(head.headers.get("range")),
+                    request.bucket,
+                    printable(request.key),
+                    printable(request.head.headers.get("range")),
                     status,
                     None if failure is None else type(failure).__name__,
                     sent_bytes,

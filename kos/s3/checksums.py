@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
 
-from awscrt import checksums as crt  # type: ignore[import-untyped]
+from awscrt import checksums as crt
 
 from kos.errors import S3Error
 from kos.s3.aws_chunked import announced_trailers

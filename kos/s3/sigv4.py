@@ -101,6 +101,29 @@ class _SigningKey:
         return outer.hexdigest()
 
 
+class Claimed(NamedTuple):
+    """What a request says of its signature, parsed: all of the check but the time and the secret.
+
+    A pure function of the head, so it may be kept with it. not_before, not_after: epoch seconds between which it counts.
+    canonical: the canonical request. said_time: the request's own time as sent, for the error. presigned: its query's
+    claim, None for one in the header.
+    """
+
+    claim: Claim
+    amz_date: str
+    not_before: float
+    not_after: float
+    canonical: str
+    provided: str
+    payload_hash: str
+    said_time: str
+    presigned: PresignClaim | None
+
+    def __repr__(self) -> str:
+        """Without the signature."""
+        return f"Claimed({self.claim.credential.access_key}, {self.claim.credential.scope})"
+
+
 def verify(head: RequestHead, secrets: Mapping[str, str], now: float) -> Identity:
     """Who signed this request; S3Error if nobody did, or not so that it may count.
 
@@ -108,6 +131,11 @@ def verify(head: RequestHead, secrets: Mapping[str, str], now: float) -> Identit
     not signed), InvalidAccessKeyId, SignatureDoesNotMatch, RequestTimeTooSkewed, InvalidToken (session tokens are
     unknown here), AuthorizationHeaderMalformed, AuthorizationQueryParametersError, InvalidArgument, InvalidRequest.
     """
+    return check(claim_of(head), secrets, now)
+
+
+def claim_of(head: RequestHead) -> Claimed:
+    """The first half of verify(): everything that the head alone decides. Raises S3Error as verify() does."""
     headers = head.headers
     authorization = headers.get("authorization")
     rest, provided = claims.cut_signature(head.raw_query)
@@ -117,7 +145,7 @@ def verify(head: RequestHead, secrets: Mapping[str, str], now: float) -> Identit
             claims.refuse_incomplete_query()
         if authorization is None:
             claims.refuse_unclaimed(head)
-        return _verify_header(head, authorization, secrets, now)
+        return _claimed_in_header(head, authorization)
     if authorization is not None:
         claims.refuse_two_mechanisms()
     if provided is None:
@@ -125,14 +153,14 @@ def verify(head: RequestHead, secrets: Mapping[str, str], now: float) -> Identit
     if "x-amz-security-token" in headers:
         raise S3Error("InvalidToken")
     claim, amz_date, signed_at, expires_s, payload_hash, query = presigned
-    if not signed_at - SKEW_MAX_S <= now <= signed_at + expires_s:
-        _refuse_time(presigned, now)
     payload_hash = headers.get("x-amz-content-sha256") or payload_hash or UNSIGNED_PAYLOAD
     canonical = _canonical_request(head, claim, query, payload_hash)
-    return _check(claim, amz_date, canonical, provided, payload_hash, True, secrets)
+    return Claimed(
+        claim, amz_date, signed_at - SKEW_MAX_S, signed_at + expires_s, canonical, provided, payload_hash, "", presigned
+    )
 
 
-def _verify_header(head: RequestHead, authorization: str, secrets: Mapping[str, str], now: float) -> Identity:
+def _claimed_in_header(head: RequestHead, authorization: str) -> Claimed:
     headers = head.headers
     text, provided = claims.cut_header_signature(authorization)
     claim = claims.header_claim(text)
@@ -145,21 +173,16 @@ def _verify_header(head: RequestHead, authorization: str, secrets: Mapping[str, 
     amz_date, signed_at = claims.header_date(headers)
     if amz_date[:8] != claim.credential.date:
         claims.refuse_header(claims.wrong_date(claim.credential.date, amz_date))
-    if not -SKEW_MAX_S <= now - signed_at <= SKEW_MAX_S:
-        raise S3Error(
-            "RequestTimeTooSkewed",
-            extra={
-                "RequestTime": headers.get("x-amz-date") or headers.get("date", ""),
-                "ServerTime": claims.iso_time(now),
-                "MaxAllowedSkewMilliseconds": str(SKEW_MAX_S * 1000),
-            },
-        )
     payload_hash = headers.get("x-amz-content-sha256")
     if payload_hash is None:
         raise S3Error("InvalidRequest", "Missing required header for this request: x-amz-content-sha256")
     query = head.raw_query
     canonical = _canonical_request(head, claim, claims.canonical_raw_query(query) if query else "", payload_hash)
-    return _check(claim, amz_date, canonical, provided, payload_hash, False, secrets)
+    said_time = headers.get("x-amz-date") or headers.get("date", "")
+    return Claimed(
+        claim, amz_date, signed_at - SKEW_MAX_S, signed_at + SKEW_MAX_S, canonical, provided, payload_hash, said_time,
+        None,
+    )  # fmt: skip
 
 
 def _canonical_request(head: RequestHead, claim: Claim, query: str, payload_hash: str) -> str:
@@ -177,16 +200,20 @@ def _canonical_request(head: RequestHead, claim: Claim, query: str, payload_hash
     return f"{head.method}\n{path}\n{query}\n{lines}\n{claim.signed_headers}\n{payload_hash}"
 
 
-def _check(
-    claim: Claim,
-    amz_date: str,
-    canonical: str,
-    provided: str,
-    payload_hash: str,
-    presigned: bool,
-    secrets: Mapping[str, str],
-) -> Identity:
-    """The last step of both ways: key, string to sign, comparison."""
+def check(claimed: Claimed, secrets: Mapping[str, str], now: float) -> Identity:
+    """The second half of verify(): the time, the secret, and the signature computed anew and compared."""
+    claim, amz_date, not_before, not_after, canonical, provided, payload_hash, said_time, presigned = claimed
+    if not not_before <= now <= not_after:
+        if presigned is not None:
+            _refuse_time(presigned, now)
+        raise S3Error(
+            "RequestTimeTooSkewed",
+            extra={
+                "RequestTime": said_time,
+                "ServerTime": claims.iso_time(now),
+                "MaxAllowedSkewMilliseconds": str(SKEW_MAX_S * 1000),
+            },
+        )
     access_key, date, region, scope = claim.credential
     secret = secrets.get(access_key)
     if secret is None:
@@ -209,7 +236,7 @@ def _check(
                 "CanonicalRequest": claims.printable(canonical),
             },
         )
-    return Identity(access_key, payload, payload_sha256, signature, scope, amz_date, key.key, presigned)
+    return Identity(access_key, payload, payload_sha256, signature, scope, amz_date, key.key, presigned is not None)
 
 
 def _header_lines(headers: Mapping[str, str], signed_names: tuple[str, ...]) -> str:

@@ -29,7 +29,7 @@ from koscache.carrier.context import BufferPool, Context, Origin
 from koscache.carrier.link import Link
 from koscache.carrier.open import Opener
 from koscache.carrier.types import FilePiece, Opened, Peek, Want
-from koscache.content import Record, judge
+from koscache.content import Freshness, Location, Record, judge
 from koscache.disk import StoreFailed
 from koscache.reader import Reader, SegmentGone
 
@@ -119,14 +119,28 @@ class Carrier:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def peek(self, bucket: str, key: str) -> Peek:
-        """What the index says of the key now. No await; about 10 µs."""
+    def peek(self, bucket: str, key: str, now: float | None = None) -> Peek:
+        """What the index says of the key now (epoch seconds). No await; about 2 µs while the index rests."""
         reader = self._reader
         rule = self._rules.match(bucket, key)
-        fence = reader.fence.value_of(bucket, key)
-        record = reader.record(bucket, key)
-        freshness, age_s = judge(record, fence, self._clock.now(), rule.freshness)
-        return Peek(record, freshness, age_s, rule)
+        found = reader.first(bucket, key)
+        if found is None:
+            return Peek(None, Freshness.ABSENT, 0.0, rule, None)
+        record, slot, location = found
+        freshness, age_s = judge(
+            record, reader.fence.value(slot), self._clock.now() if now is None else now, rule.freshness
+        )
+        return Peek(record, freshness, age_s, rule, location)
+
+    def piece(self, record: Record, location: Location, start: int, stop: int) -> FilePiece | None:
+        """cached() for a slice of the first block, whose place peek() told; None when it is not to be had from there."""
+        if not location.verified or stop > location.length:
+            return None
+        fd = self._borrow(location.segment)
+        if fd is None:
+            return None
+        self._touched(record.content, 0)
+        return FilePiece(fd, location.offset + start, stop - start, location.segment)
 
     def cached(self, record: Record, bucket: str, key: str, start: int, stop: int) -> list[FilePiece] | None:
         """The slice [start, stop) of the version, if all its blocks are in the store and verified; else None.

@@ -16,7 +16,7 @@ from kos.config import Rule
 from kos.errors import KosError
 from kos.s3.ranges import RangeSpec
 from koscache.carrier.ticket import Ticket
-from koscache.content import Freshness, Record
+from koscache.content import Freshness, Location, Record
 
 
 class Phase(enum.StrEnum):
@@ -54,12 +54,14 @@ class Changed(KosError):
 
 
 class Peek(NamedTuple):
-    """What the index says of a key at this moment. age_s: seconds since the origin confirmed the record."""
+    """What the index says of a key at this moment. age_s: seconds since the origin confirmed the record. first: where
+    its first block is, None if that is not in the store."""
 
     record: Record | None
     freshness: Freshness
     age_s: float
     rule: Rule
+    first: Location | None
 
 
 class FilePiece(NamedTuple):

@@ -18,7 +18,7 @@ from kos.errors import OriginRefused
 from kos.rules import Rule
 from kos.s3.object_response import ObjectMeta
 from koscache.carrier import BytesPiece, Changed, FilePiece, Freshness, Opened, Peek, Phase, Piece, Reason, Record, Want
-from koscache.content import make_record
+from koscache.content import Location, make_record
 
 BLOCK: Final = 65536
 
@@ -67,11 +67,18 @@ class FakeCarrier:
 
     # -- the carrier's face
 
-    def peek(self, bucket: str, key: str) -> Peek:
+    def peek(self, bucket: str, key: str, now: float | None = None) -> Peek:
         stored = self.objects.get((bucket, key))
         if stored is None:
-            return Peek(None, Freshness.ABSENT, 0.0, Rule(match="*"))
-        return Peek(stored.record, stored.freshness, stored.age_s, Rule(match="*"))
+            return Peek(None, Freshness.ABSENT, 0.0, Rule(match="*"), None)
+        first = None if stored.hidden else Location(1, stored.offset, min(stored.record.size, BLOCK), 0, True)
+        return Peek(stored.record, stored.freshness, stored.age_s, Rule(match="*"), first)
+
+    def piece(self, record: Record, location: Location, start: int, stop: int) -> FilePiece | None:
+        if stop > location.length:
+            return None
+        self.borrowed += 1
+        return FilePiece(self.fd, location.offset + start, stop - start, location.segment)
 
     def cached(self, record: Record, bucket: str, key: str, start: int, stop: int) -> list[FilePiece] | None:
         stored = self.objects[bucket, key]

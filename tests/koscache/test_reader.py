@@ -310,3 +310,45 @@ def test_paths(settings: Settings, reader: Reader, store: Store) -> None:
     reader.close()
     store.close()
     shutil.rmtree(settings.dir)
+
+
+def test_what_is_remembered_of_the_index_never_outlives_a_change_of_it(
+    settings: Settings, store: Store, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("koscache.reader._FOUND_MAX", 3)
+    things = [Thing(f"k{number}", 20 * KIB) for number in range(5)]
+
+    def agree() -> None:
+        for thing in things:
+            for _ in range(2):
+                found = reader.first("b", thing.key)
+                record = reader.record("b", thing.key)
+                assert (None if found is None else found.record) == record
+                if found is not None and record is not None:
+                    assert found.location == reader.locate(record.content, 0)
+                    assert found.slot == reader.fence.slot("b", thing.key)
+        assert len(reader._found) <= 3
+
+    agree()
+    for thing in things:
+        fill(store, thing)
+        agree()
+    assert reader.first("b", "k4") is reader.first("b", "k4"), "looked up once while nothing changes"
+    store.put_record("b", "k0", Thing("k0", 20 * KIB, version=1).record(store, validated_at=9.0))
+    agree()
+    store.drop_record("b", "k1")
+    agree()
+    for segment in evict_all(store):
+        reader.drop(segment)
+    agree()
+    found = reader.first("b", "k4")
+    assert found is not None
+    assert found.location is None, "evicted"
+    store.close(clean=False)
+    agree()
+    os.unlink(os.path.join(settings.dir, "CURRENT"))
+    store = open_store(settings, FakeClock())
+    reader.reopen()
+    agree()
+    store.close()
+    reader.close()
