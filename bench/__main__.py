@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -64,6 +65,8 @@ def main() -> int:
     if asked.favour:
         os.environ[FAVOUR] = "1"
     rounds = asked.rounds or (1 if asked.quick else 5)
+    # Ended from outside, a run still ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = 0
     for name in FIGURES if asked.name == "all" else [asked.name] if asked.name in FIGURES else []:
         try:

@@ -43,7 +43,7 @@ class Size:
 
 SIZES: Final = (
     Size("4KiB", 4 << 10, 512, 4096, 16, 2.5),
-    Size("4KiB_own_query", 4 << 10, 512, 4096, 16, None, own_query=True),
+    Size("4KiB_own_query", 4 << 10, 512, 20_000, 16, None, own_query=True),  # more heads than kos remembers
     Size("64KiB", 64 << 10, 256, 2048, 16, None),
     Size("1MiB", MIB, 32, 512, 8, 1.5),
     Size("64MiB", 64 * MIB, 4, 64, 4, 1.5),
