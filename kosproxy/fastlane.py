@@ -30,8 +30,10 @@ from kosproxy.parts import Parts
 from kosproxy.render import cache_note
 from kosproxy.server import Connection
 
-#: Presigned heads that are remembered parsed; each has at most HEAD_MAX_BYTES, most have half a KiB.
-_KNOWN_MAX: Final = 2048
+#: Presigned heads that are remembered parsed, and the longest of them: usually 4 KiB each with all that hangs on them,
+#: at most 8192 x 16 KiB for a client that sets out to fill them.
+_KNOWN_MAX: Final = 8192
+_KNOWN_HEAD_BYTES: Final = 2048
 #: Up to here one copy through this process costs less than setting up a sendfile.
 _COPY_BYTES: Final = 32 * 1024
 
@@ -90,12 +92,15 @@ class FastLane:
     def answer(self, connection: Connection, data: bytes) -> bool:
         """Answer one complete head if that can be done at once. False: nothing was done."""
         started = self._monotonic()
-        request = self._known.get(data) or self._parse(data)
+        known = self._known.get(data)
+        request = known or self._parse(data)
         if request is None or connection.socket is None:
             return False
         now = self._now()
         try:
             identity = sigv4.check(request.claimed, self._secrets, now)
+            if known is None:
+                self._remember(data, request)
             record, freshness, age_s, _, first = self._peek(request.bucket, request.key, now)
             if freshness is not _FRESH or record is None:
                 return False
@@ -139,13 +144,17 @@ class FastLane:
         plain = None
         if not params and "range" not in headers and CONDITION_HEADERS.isdisjoint(headers):
             plain = f"{head.method} {headers.get('x-amz-checksum-mode', '').upper() == 'ENABLED'}"
-        request = _Request(head, operation, claimed, bucket, key, plain)
-        if claimed.presigned is not None:
-            # A presigned URL comes again, byte for byte; a head with an Authorization carries a date and does not.
+        return _Request(head, operation, claimed, bucket, key, plain)
+
+    def _remember(self, data: bytes, request: _Request) -> None:
+        """Keep a head whose signature was found right: nobody else has a say in what is kept.
+
+        A presigned URL comes again, byte for byte; a head with an Authorization carries a date and does not.
+        """
+        if request.claimed.presigned is not None and len(data) <= _KNOWN_HEAD_BYTES:
             if len(self._known) >= _KNOWN_MAX:
-                self._known.clear()
+                del self._known[next(iter(self._known))]
             self._known[data] = request
-        return request
 
     def _template(self, request: _Request, record: Record) -> Template | None:
         """The answer's head. Raises S3Error for an answer that is an error; None where this lane cannot give it."""

@@ -197,7 +197,7 @@ _BYPASS_HEADERS: Final = {
 }
 _BYPASS_HEADER_NAMES: Final = frozenset(_BYPASS_HEADERS)
 
-#: 4 096 targets of at most 512 characters: 4 MB at worst.
+#: 4 096 targets, path and host of at most 512 characters: 4 MB at worst.
 _TARGET_CACHE_COUNT: Final = 4096
 _TARGET_CACHE_LENGTH_MAX: Final = 512
 
@@ -220,7 +220,7 @@ def parse(head: RequestHead, domain: str | None = None) -> Operation:
     """
     method, raw_path, raw_query, headers = head
     host = headers.get("host", "") if domain else ""
-    if len(raw_path) <= _TARGET_CACHE_LENGTH_MAX:
+    if len(raw_path) + len(host) <= _TARGET_CACHE_LENGTH_MAX:
         bucket, key = _known_target(raw_path, host, domain)
     else:
         bucket, key = names.split_target(raw_path, host, domain)

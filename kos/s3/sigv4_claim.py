@@ -38,6 +38,9 @@ _REQUIRED_PARAMETERS: Final = (
     "X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Date", "X-Amz-Expires", "X-Amz-SignedHeaders",
 )  # fmt: skip
 
+#: Nobody has more headers to sign. Every header is looked up among them before anybody is known to have signed anything.
+_SIGNED_NAMES_MAX: Final = 256
+
 # Limits of what is remembered, per process and table: 2 048 texts of at most 1 KiB with what was read from them are
 # some 8 MB at worst, and 300 KB as clients really sign.
 CACHE_COUNT: Final = 2048
@@ -211,6 +214,8 @@ def _is_region(text: str) -> bool:
 
 def _signed_names(text: str) -> tuple[str, ...] | None:
     signed_names = tuple(text.split(";"))
+    if len(signed_names) > _SIGNED_NAMES_MAX:
+        return None
     return signed_names if all(name and TOKEN.issuperset(name) for name in signed_names) else None
 
 

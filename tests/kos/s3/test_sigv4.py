@@ -369,6 +369,7 @@ def test_presigned_needs_all_parameters(name: str) -> None:
         ("SignedHeaders=host", "SignedHeaders=Host", "SignedHeaders"),
         ("SignedHeaders=host", "SignedHeaders=host;", "SignedHeaders"),
         ("SignedHeaders=host", "SignedHeaders=host%0Arange", "SignedHeaders"),
+        ("SignedHeaders=host", "SignedHeaders=host" + "%3Ba" * 256, "SignedHeaders"),
     ],
 )
 def test_malformed_presigned_query(old: str, new: str, words: str) -> None:
