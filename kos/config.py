@@ -176,9 +176,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout_s: Annotated[float, Key(duration(0.1, 3600), "body_timeout")] = 60.0
     send_timeout_s: Annotated[float, Key(duration(0.1, 3600), "send_timeout")] = 60.0
     drain_s: Annotated[float, Key(duration(0, 3600), "drain")] = 10.0
-    send_buffer_bytes: Annotated[int, Key(size(4 * KIB, 64 * MIB), "send_buffer")] = 256 * KIB
     relay_buffer_bytes: Annotated[int, Key(size(4 * KIB, 64 * MIB), "relay_buffer")] = 256 * KIB
-    document_bytes: Annotated[int, Key(size(64 * KIB, 64 * MIB), "document_size")] = 8 * MIB
 
 
 class Supervisor(msgspec.Struct, frozen=True, kw_only=True):
