@@ -8,10 +8,13 @@ Does not own: what counts as unavailable (the lane says so: connect errors, time
                                      ▲                                        │
                                      └────────────────it fails────────────────┘
 
-Invariant: in HALF_OPEN at most one request is under way; only its own outcome changes the state. Requests that began in
-an earlier life of the breaker (before it opened) change nothing when they end:
+Invariant: in HALF_OPEN one request counts, and only its own outcome changes the state. Requests that began in an
+earlier life of the breaker (before it opened) change nothing when they end:
 
     A sent · breaker opens · A answered late with 200        A's ticket is old: the breaker stays open until its probe
+
+A probe may last for reasons of its own: an upload waits for its client, a completion for the joining of its parts. One
+that has not ended after probe_s is no longer waited for; the next request is the probe then.
 
 Times are monotonic seconds, given by the caller.
 """
@@ -45,13 +48,26 @@ class Refused:
 
 
 class Breaker:
-    """failures: how many in a row open it. open_s: how long it then refuses everything."""
+    """failures: how many in a row open it. open_s: how long it then refuses everything. probe_s: how long a probe
+    keeps others out; as long as an ordinary request may take to its answer."""
 
-    __slots__ = ("_failures_max", "_life", "_open_s", "_opened_at", "_run", "_state", "reason")
+    __slots__ = (
+        "_failures_max",
+        "_life",
+        "_open_s",
+        "_opened_at",
+        "_probe_s",
+        "_probed_at",
+        "_run",
+        "_state",
+        "reason",
+    )
 
-    def __init__(self, failures: int, open_s: float) -> None:
+    def __init__(self, failures: int, open_s: float, probe_s: float) -> None:
         self._failures_max = failures
         self._open_s = open_s
+        self._probe_s = probe_s
+        self._probed_at = 0.0
         self._state = State.CLOSED
         self._run = 0
         self._life = 0
@@ -68,12 +84,12 @@ class Breaker:
             return Ticket(self._life)
         if self._state is State.OPEN:
             wait_s = self._opened_at + self._open_s - now
-            if wait_s <= 0:
-                self._state = State.HALF_OPEN
-                self._life += 1
-                return Ticket(self._life, probe=True)
-            return Refused(f"origin unavailable ({self.reason})", wait_s)
-        # The probe ends at the latest with its own timeout; until then a second is a fair time to ask again.
+            if wait_s > 0:
+                return Refused(f"origin unavailable ({self.reason})", wait_s)
+            return self._probe(now)
+        if now - self._probed_at >= self._probe_s:
+            return self._probe(now)
+        # The probe usually ends well before; a second is a fair time to ask again.
         return Refused(f"origin is being tried again ({self.reason})", 1.0)
 
     def succeeded(self, ticket: Ticket) -> None:
@@ -101,6 +117,12 @@ class Breaker:
             self._state = State.OPEN
             self._life += 1
             self._opened_at = now - self._open_s
+
+    def _probe(self, now: float) -> Ticket:
+        self._state = State.HALF_OPEN
+        self._life += 1
+        self._probed_at = now
+        return Ticket(self._life, probe=True)
 
     def _open(self, now: float, reason: str) -> None:
         self._state = State.OPEN

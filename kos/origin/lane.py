@@ -127,7 +127,8 @@ class OriginLane:
         self._observer = observer or Metrics()
         self._resolver = resolver
         self._policy = retrying.Policy(origin.retries, origin.retry_base_s, origin.retry_max_s)
-        self.breaker = Breaker(origin.breaker_failures, origin.breaker_open_s)
+        probe_s = origin.connect_timeout_s + origin.read_timeout_s
+        self.breaker = Breaker(origin.breaker_failures, origin.breaker_open_s, probe_s)
         self._places = asyncio.Semaphore(origin.connections)
         self._waiting = 0
         self._session: aiohttp.ClientSession | None = None

@@ -16,7 +16,7 @@ def admitted(breaker: Breaker, now: float) -> Ticket:
 
 
 def opened(now: float = 0.0) -> Breaker:
-    breaker = Breaker(3, 5.0)
+    breaker = Breaker(3, 5.0, 30.0)
     for _ in range(3):
         breaker.failed(admitted(breaker, now), now, "connect")
     assert breaker.state is State.OPEN
@@ -24,7 +24,7 @@ def opened(now: float = 0.0) -> Breaker:
 
 
 def test_it_opens_after_a_run_of_failures_only() -> None:
-    breaker = Breaker(3, 5.0)
+    breaker = Breaker(3, 5.0, 30.0)
     for _ in range(10):
         breaker.failed(admitted(breaker, 0), 0, "connect")
         breaker.failed(admitted(breaker, 0), 0, "connect")
@@ -58,8 +58,21 @@ def test_a_probe_that_tells_nothing_makes_room_for_the_next() -> None:
     assert admitted(breaker, 6.0).probe
 
 
+def test_a_probe_that_lasts_does_not_keep_the_others_out() -> None:
+    """An upload waits for its client, for an hour if it likes."""
+    breaker = opened()
+    upload = admitted(breaker, 5.0)
+    assert isinstance(breaker.admit(34.9), Refused)
+    probe = admitted(breaker, 35.0)
+    assert probe.probe and isinstance(breaker.admit(35.0), Refused)
+    breaker.failed(upload, 36.0, "answer_timeout")
+    assert breaker.state is State.HALF_OPEN
+    breaker.succeeded(probe)
+    assert breaker.state is State.CLOSED
+
+
 def test_late_news_from_before_it_opened_change_nothing() -> None:
-    breaker = Breaker(3, 5.0)
+    breaker = Breaker(3, 5.0, 30.0)
     late = [admitted(breaker, 0) for _ in range(4)]
     for _ in range(3):
         breaker.failed(admitted(breaker, 0), 0, "connect")
@@ -79,11 +92,11 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.breaker = Breaker(3, 5.0)
+        self.breaker = Breaker(3, 5.0, 30.0)
         self.now = 0.0
         self.out: list[Ticket] = []
 
-    @rule(seconds=st.floats(0, 6))
+    @rule(seconds=st.one_of(st.floats(0, 6), st.floats(0, 60)))
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
