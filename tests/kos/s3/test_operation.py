@@ -141,6 +141,7 @@ def test_rename_forgets_both_names(source: str) -> None:
         ("", "x-amz-server-side-encryption-customer-algorithm", "sse_c"),
         ("", "x-amz-expected-bucket-owner", "expected_bucket_owner"),
         ("", "x-amz-request-payer", "request_payer"),
+        ("", "origin", "cors"),
         ("", "range", None),
         ("", "if-none-match", None),
     ],
