@@ -64,7 +64,7 @@ _NOT_KEPT: Final = frozenset(
         "keep-alive", "last-modified", "proxy-authenticate", "proxy-authentication-info", "proxy-connection",
         "server", "set-cookie", "strict-transport-security", "te", "trailer", "transfer-encoding", "upgrade", "via",
         "www-authenticate", "x-amz-id-2", "x-amz-mp-parts-count", "x-amz-request-id", "x-amz-request-charged",
-        "x-kos-cache",
+        "x-amzn-requestid", "x-kos-cache",
     }
 )  # fmt: skip
 _NOT_KEPT_PREFIXES: Final = ("access-control-",)

@@ -185,6 +185,7 @@ ORIGIN = {
     "Transfer-Encoding": "chunked",
     "x-amz-request-id": "1",
     "x-amz-id-2": "2",
+    "x-amzn-RequestId": "3",
     "Age": "3",
     "x-kos-cache": "hit",
     "Access-Control-Allow-Origin": "*",
