@@ -102,8 +102,8 @@ class AccessLog:
             raise ConfigError(f"log.access: {self._settings.access}: {error.strerror}") from error
         self._writer = self._tasks.spawn(self._run(), "write")
 
-    def write(self, line: msgspec.Struct | dict[str, Any]) -> None:
-        """Queue one line."""
+    def write(self, line: msgspec.Struct | dict[str, Any] | bytes) -> None:
+        """Queue one line; bytes are JSON already."""
         if self._fd is None:
             return
         lines = self._lines
@@ -112,7 +112,10 @@ class AccessLog:
             return
         if not lines:
             self._some.set()
-        self._encoder.encode_into(line, lines, -1)
+        if isinstance(line, bytes):
+            lines += line
+        else:
+            self._encoder.encode_into(line, lines, -1)
         lines += b"\n"
         if len(lines) >= self._settings.access_batch_bytes:
             self._full.set()

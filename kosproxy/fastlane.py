@@ -24,8 +24,8 @@ from kos.s3.head import RequestHead, parse_head
 from kos.s3.object_response import Template
 from kos.s3.operation import Handling, Operation
 from kos.s3.sigv4 import Claimed
-from koscache.carrier import FilePiece, Freshness, Phase, Reason, Record
-from kosproxy.access_log import Line, printable, time_text
+from koscache.carrier import FilePiece, Freshness, Phase, Reason, Record, Sight
+from kosproxy.access_log import Line, LineTemplate, line_template, printable, time_text
 from kosproxy.parts import Parts
 from kosproxy.render import cache_note
 from kosproxy.server import Connection
@@ -59,6 +59,17 @@ class _Request(NamedTuple):
     plain: str | None
 
 
+class _Again(NamedTuple):
+    """All that is the same when a head comes again and its object has not changed: see FastLane._again."""
+
+    request: _Request
+    sight: Sight
+    template: Template
+    validated_at: float
+    labels: tuple[str, ...]
+    line: LineTemplate | None
+
+
 class _Served(NamedTuple):
     """What is left to be written down of a request when its last byte has gone."""
 
@@ -87,10 +98,18 @@ class FastLane:
         self._log = parts.access_log.write if parts.access_log.enabled else None
         # Nothing else runs between filling and sending it: one buffer does for all connections.
         self._buffer = memoryview(bytearray(_COPY_BYTES))
+        self._sight = carrier.sight
+        self._read_again = carrier.read_again
         self._known: dict[bytes, _Request] = {}
+        self._repeated: dict[bytes, _Again] = {}
 
     def answer(self, connection: Connection, data: bytes) -> bool:
         """Answer one complete head if that can be done at once. False: nothing was done."""
+        again = self._repeated.get(data)
+        if again is not None:
+            if self._again(connection, again):
+                return True
+            del self._repeated[data]
         started = self._monotonic()
         known = self._known.get(data)
         request = known or self._parse(data)
@@ -122,7 +141,60 @@ class FastLane:
         served = _Served(started, now, request_id, identity.access_key, request, status)
         if stop - start > _COPY_BYTES:
             return self._relay(connection, text, pieces, served)
-        return self._copy(connection, text, pieces, stop - start, served)
+        if not self._copy(connection, text, pieces, stop - start, served):
+            return False
+        if known is not None and start < stop:
+            self._expect_again(data, known, template, identity.access_key)
+        return True
+
+    def _again(self, connection: Connection, again: _Again) -> bool:
+        """A head that came before, byte for byte, whose answer was small: only what may have changed is looked at.
+
+        That is the time, the signature's computation, the state of the index, the fence, and whether the bytes are in
+        memory. False: nothing was done.
+        """
+        request, sight, template, validated_at, labels, line = again
+        transport = connection.transport
+        if transport is None or connection.socket is None:
+            return False
+        now = self._now()
+        try:
+            identity = sigv4.check(request.claimed, self._secrets, now)
+        except S3Error:
+            return False
+        body = self._read_again(sight, now, self._buffer)
+        if body is None:
+            return False
+        request_id = self._request_id()
+        age_s = int(now - validated_at) if now > validated_at else 0
+        transport.write(b"".join((template.render(request_id, object_response.http_date(now), age_s), body)))
+        connection.answered_fast()
+        metrics.REQUEST_COUNTS.add(labels)
+        metrics.BYTE_COUNTS.add(_HIT_BYTES, len(body))
+        if self._log is not None:
+            took_ms = (self._now() - now) * 1000
+            if line is not None:
+                self._log(line.render(time_text(now), request_id, connection.client, max(took_ms, 0.0)))
+            else:
+                served = _Served(0.0, now, request_id, identity.access_key, request, template.status)
+                self._log(_line(served, connection.client, len(body), None, took_ms, took_ms))
+        return True
+
+    def _expect_again(self, data: bytes, request: _Request, template: Template, access_key: str) -> None:
+        """A head came for the second time: the third is answered by _again, if it can be."""
+        sight = self._sight(request.bucket, request.key, template.start, template.stop)
+        if sight is None:
+            return
+        record = sight.found.record
+        if self._template(request, record) != template:
+            return  # it has changed in this very moment
+        length = template.stop - template.start
+        served = _Served(0.0, 0.0, "", access_key, request, template.status)
+        line = line_template(_line(served, "", length, None, 0.0, 0.0))
+        labels = (request.operation.op._name_, _STATUS[template.status], "fast", _HIT)
+        if len(self._repeated) >= _KNOWN_MAX:
+            del self._repeated[next(iter(self._repeated))]
+        self._repeated[data] = _Again(request, sight, template, record.validated_at, labels, line)
 
     def _parse(self, data: bytes) -> _Request | None:
         """What a head asks for; None if it is nothing for this lane."""
@@ -230,31 +302,36 @@ class FastLane:
         failure: BaseException | None,
     ) -> None:
         """Count the request and log it. first_byte: when it left; None: just now, with the last one."""
-        started, now, request_id, access_key, request, status = served
-        name = request.operation.op._name_
-        metrics.REQUEST_COUNTS.add((name, _STATUS[status], "fast", _HIT))
+        metrics.REQUEST_COUNTS.add((served.request.operation.op._name_, _STATUS[served.status], "fast", _HIT))
         if sent_bytes:
             metrics.BYTE_COUNTS.add(_HIT_BYTES, sent_bytes)
         if self._log is not None:
-            total_ms = round((self._monotonic() - started) * 1000, 3)
-            self._log(
-                Line(
-                    time_text(now),
-                    request_id,
-                    connection.client,
-                    access_key,
-                    name,
-                    request.bucket,
-                    printable(request.key),
-                    printable(request.head.headers.get("range")),
-                    status,
-                    None if failure is None else type(failure).__name__,
-                    sent_bytes,
-                    "fast",
-                    _HIT,
-                    _REASON,
-                    0,
-                    total_ms if first_byte is None else round((first_byte - started) * 1000, 3),
-                    total_ms,
-                )
-            )
+            started = served.started
+            total_ms = (self._monotonic() - started) * 1000
+            first_ms = total_ms if first_byte is None else (first_byte - started) * 1000
+            self._log(_line(served, connection.client, sent_bytes, failure, first_ms, total_ms))
+
+
+def _line(
+    served: _Served, client: str, sent_bytes: int, failure: BaseException | None, first_ms: float, total_ms: float
+) -> Line:
+    _, now, request_id, access_key, request, status = served
+    return Line(
+        time_text(now),
+        request_id,
+        client,
+        access_key,
+        request.operation.op._name_,
+        request.bucket,
+        printable(request.key),
+        printable(request.head.headers.get("range")),
+        status,
+        None if failure is None else type(failure).__name__,
+        sent_bytes,
+        "fast",
+        _HIT,
+        _REASON,
+        0,
+        round(first_ms, 3),
+        round(total_ms, 3),
+    )

@@ -34,6 +34,7 @@ from koscache.carrier.types import (
     Phase,
     Piece,
     Reason,
+    Sight,
     Want,
 )
 from koscache.content import Freshness, Record
@@ -52,5 +53,6 @@ __all__ = [
     "Piece",
     "Reason",
     "Record",
+    "Sight",
     "Want",
 ]

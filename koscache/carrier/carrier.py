@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from koscache.carrier.body import Body
 from koscache.carrier.context import BufferPool, Context, Origin
 from koscache.carrier.link import Link
 from koscache.carrier.open import Opener
-from koscache.carrier.types import FilePiece, Opened, Peek, Want
+from koscache.carrier.types import FilePiece, Opened, Peek, Sight, Want
 from koscache.content import Freshness, Location, Record, judge
 from koscache.disk import StoreFailed
 from koscache.reader import Reader, SegmentGone
@@ -126,7 +127,7 @@ class Carrier:
         found = reader.first(bucket, key)
         if found is None:
             return Peek(None, Freshness.ABSENT, 0.0, rule, None)
-        record, slot, location = found
+        record, slot, location, _ = found
         freshness, age_s = judge(
             record, reader.fence.value(slot), self._clock.now() if now is None else now, rule.freshness
         )
@@ -141,6 +142,33 @@ class Carrier:
             return None
         self._touched(record.content, 0)
         return FilePiece(fd, location.offset + start, stop - start, location.segment)
+
+    def sight(self, bucket: str, key: str, start: int, stop: int) -> Sight | None:
+        """What it takes to serve the slice of the first block again, for read_again; None if that may not be now."""
+        found = self._reader.first(bucket, key)
+        if found is None or found.location is None:
+            return None
+        record, location = found.record, found.location
+        if not location.verified or stop > location.length or record.fence == 0:
+            return None
+        fresh_s = self._rules.match(bucket, key).freshness
+        valid_from = -math.inf if fresh_s == math.inf else record.validated_at
+        return Sight(found, location, record.fence, valid_from, record.validated_at + fresh_s, start, stop)
+
+    def read_again(self, sight: Sight, now: float, buffer: memoryview) -> memoryview | None:
+        """The slice's bytes, in `buffer`, if the object may still be served from there; else None: look properly.
+
+        It is the same decision as peek() and piece() make, for as long as the index rests: fresh by time, not fenced, the
+        same place. No await, no descriptor lent; about 3 µs for 4 KiB.
+        """
+        found, location, fence, valid_from, valid_until, start, stop = sight
+        if not valid_from <= now < valid_until:
+            return None
+        into = buffer[: stop - start]
+        if not self._reader.read_again(found, fence, location, start, into):
+            return None
+        self._touched(found.record.content, 0)
+        return into
 
     def cached(self, record: Record, bucket: str, key: str, start: int, stop: int) -> list[FilePiece] | None:
         """The slice [start, stop) of the version, if all its blocks are in the store and verified; else None.

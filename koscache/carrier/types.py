@@ -17,6 +17,7 @@ from kos.errors import KosError
 from kos.s3.ranges import RangeSpec
 from koscache.carrier.ticket import Ticket
 from koscache.content import Freshness, Location, Record
+from koscache.reader import Found
 
 
 class Phase(enum.StrEnum):
@@ -62,6 +63,18 @@ class Peek(NamedTuple):
     age_s: float
     rule: Rule
     first: Location | None
+
+
+class Sight(NamedTuple):
+    """A slice of a first block that was served as a hit, and between which times (epoch seconds) it may be again."""
+
+    found: Found
+    location: Location
+    fence: int
+    valid_from: float
+    valid_until: float
+    start: int
+    stop: int
 
 
 class FilePiece(NamedTuple):

@@ -17,10 +17,26 @@ from typing import Any, Final, cast
 from kos.errors import OriginRefused
 from kos.rules import Rule
 from kos.s3.object_response import ObjectMeta
-from koscache.carrier import BytesPiece, Changed, FilePiece, Freshness, Opened, Peek, Phase, Piece, Reason, Record, Want
+from koscache.carrier import (
+    BytesPiece,
+    Changed,
+    FilePiece,
+    Freshness,
+    Opened,
+    Peek,
+    Phase,
+    Piece,
+    Reason,
+    Record,
+    Sight,
+    Want,
+)
 from koscache.content import Location, make_record
+from koscache.reader import Found
 
 BLOCK: Final = 65536
+#: the wall clock of tests.fakes.proxy, which stands still
+NOW: Final = 1_790_000_000.25
 
 
 @dataclass(slots=True)
@@ -60,7 +76,7 @@ class FakeCarrier:
 
     def put(self, bucket: str, key: str, body: bytes, meta: ObjectMeta) -> Stored:
         os.pwrite(self.fd, body, self.end)
-        stored = Stored(make_record(bucket, key, meta, validated_at=1.0, fence=1), self.end)
+        stored = Stored(make_record(bucket, key, meta, validated_at=NOW - 5.0, fence=1), self.end)
         self.objects[bucket, key] = stored
         self.end += len(body)
         return stored
@@ -73,6 +89,22 @@ class FakeCarrier:
             return Peek(None, Freshness.ABSENT, 0.0, Rule(match="*"), None)
         first = None if stored.hidden else Location(1, stored.offset, min(stored.record.size, BLOCK), 0, True)
         return Peek(stored.record, stored.freshness, stored.age_s, Rule(match="*"), first)
+
+    def sight(self, bucket: str, key: str, start: int, stop: int) -> Sight | None:
+        peeked = self.peek(bucket, key)
+        if peeked.record is None or peeked.first is None or stop > peeked.first.length:
+            return None
+        found = Found(peeked.record, 0, peeked.first, 1)
+        return Sight(found, peeked.first, 1, 0.0, float("inf"), start, stop)
+
+    def read_again(self, sight: Sight, now: float, buffer: memoryview) -> memoryview | None:
+        record = sight.found.record
+        stored = next((each for each in self.objects.values() if each.record is record), None)
+        if stored is None or stored.hidden or stored.freshness is not Freshness.FRESH:
+            return None
+        into = buffer[: sight.stop - sight.start]
+        os.preadv(self.fd, (into,), sight.location.offset + sight.start)
+        return into
 
     def piece(self, record: Record, location: Location, start: int, stop: int) -> FilePiece | None:
         if stop > location.length:

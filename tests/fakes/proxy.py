@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+import msgspec
 import uvloop
 
 from kos import config
@@ -25,8 +26,8 @@ from kosproxy.parts import Parts
 from kosproxy.pipeline import Pipeline
 from kosproxy.render import turned_away
 from kosproxy.server import Connection, Edge
+from tests.fakes.carrier import NOW
 
-NOW: Final = 1_790_000_000.25
 ACCESS_KEY: Final = "kostestkey"
 SECRET_KEY: Final = "kos/test+secret"
 
@@ -46,8 +47,8 @@ class Lines:
     def __init__(self) -> None:
         self.lines: list[Line] = []
 
-    def write(self, line: Line) -> None:
-        self.lines.append(line)
+    def write(self, line: Line | bytes) -> None:
+        self.lines.append(msgspec.json.decode(line, type=Line) if isinstance(line, bytes) else line)
 
 
 class _SlowOnly(Pipeline):

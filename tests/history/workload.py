@@ -44,6 +44,7 @@ class Workload:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self._auth_credentials = Credentials(ACCESS_KEY, SECRET_KEY)
+        self._urls: dict[tuple[str, Place], URL] = {}
         self._number = 0
         self._remaining = 0
 
@@ -89,10 +90,15 @@ class Workload:
                 self.violations.append(f"{kind} {place} did not end within {OPERATION_TIMEOUT_S} s")
 
     def _url(self, method: str, place: Place) -> URL:
+        # Mostly the same URL again, as a job does that was handed a list of them; now and then a new one.
+        known = self._urls.get((method, place))
+        if known is not None and self.rng.random() < 0.98:
+            return known
         path = f"/{place[0]}/{quote(place[1], safe='/~')}"
         request = AWSRequest(method=method, url=self.s3_url + path)
-        S3SigV4QueryAuth(self._auth_credentials, "s3", "us-east-1", expires=600).add_auth(request)
-        return URL(request.url, encoded=True)
+        S3SigV4QueryAuth(self._auth_credentials, "s3", "us-east-1", expires=3600).add_auth(request)
+        url = self._urls[method, place] = URL(request.url, encoded=True)
+        return url
 
     async def _get(self, session: aiohttp.ClientSession, rng: random.Random, place: Place) -> None:
         await self._read(session, place, None)

@@ -1,0 +1,77 @@
+"""Serving a small hit again without looking anew: only while nothing whatever has changed."""
+
+import os
+from pathlib import Path
+
+from koscache.carrier import Carrier, Freshness, Sight
+from tests.conditions import until
+from tests.fakes.cache_node import CacheNode
+
+SIZE = 5000
+
+
+async def ready(node: CacheNode, key: str, body: bytes) -> tuple[Carrier, Sight]:
+    node.origin.put("b", key, body)
+    assert await node.read("b", key) == body
+    carrier = node.workers[0].carrier
+    await until(lambda: carrier.sight("b", key, 0, len(body)) is not None)
+    sight = carrier.sight("b", key, 0, len(body))
+    assert sight is not None
+    return carrier, sight
+
+
+def again(node: CacheNode, carrier: Carrier, sight: Sight, after_s: float = 0.0) -> bytes | None:
+    found = carrier.read_again(sight, node.clock.now() + after_s, memoryview(bytearray(SIZE * 2)))
+    return None if found is None else bytes(found)
+
+
+async def test_the_same_bytes_while_nothing_changes(tmp_path: Path) -> None:
+    async with CacheNode(tmp_path, workers=1) as node:
+        body = os.urandom(SIZE)
+        carrier, sight = await ready(node, "k", body)
+        for _ in range(3):
+            assert again(node, carrier, sight) == body
+        part = carrier.sight("b", "k", 100, 300)
+        assert part is not None and again(node, carrier, part) == body[100:300]
+
+
+async def test_not_after_its_time_and_not_before(tmp_path: Path) -> None:
+    async with CacheNode(tmp_path, workers=1) as node:
+        carrier, sight = await ready(node, "k", os.urandom(SIZE))
+        fresh_s = carrier.peek("b", "k").rule.freshness
+        assert 0 < fresh_s < float("inf")
+        assert again(node, carrier, sight, after_s=fresh_s + 1) is None
+        assert again(node, carrier, sight, after_s=-10_000.0) is None, "the clock was set back"
+
+
+async def test_not_after_a_write(tmp_path: Path) -> None:
+    async with CacheNode(tmp_path, workers=2) as node:
+        carrier, sight = await ready(node, "k", os.urandom(SIZE))
+        async with node.workers[1].carrier.writing("b", ["k"]):
+            assert again(node, carrier, sight) is None, "in the other worker, and before the write has ended"
+        assert again(node, carrier, sight) is None
+        assert carrier.peek("b", "k").freshness is Freshness.FENCED
+
+
+async def test_not_after_any_change_of_the_index(tmp_path: Path) -> None:
+    async with CacheNode(tmp_path, workers=1) as node:
+        body = os.urandom(SIZE)
+        carrier, sight = await ready(node, "k", body)
+        carrier, other = await ready(node, "other", os.urandom(SIZE))
+        assert again(node, carrier, sight) is None, "something was stored: look properly"
+        anew = carrier.sight("b", "k", 0, SIZE)
+        assert anew is not None and again(node, carrier, anew) == body
+        assert again(node, carrier, other) is not None
+
+
+async def test_it_goes_on_while_the_daemon_is_away_and_ends_with_a_new_index(tmp_path: Path) -> None:
+    async with CacheNode(tmp_path, workers=1) as node:
+        body = os.urandom(SIZE)
+        carrier, _ = await ready(node, "k", body)
+        await node.stop_daemon()
+        now = carrier.sight("b", "k", 0, SIZE)
+        assert now is not None and again(node, carrier, now) == body
+        Path(node.config.cache.dir, "CURRENT").unlink()
+        await node.start_daemon()
+        await until(lambda: carrier.caching)
+        assert again(node, carrier, now) is None
