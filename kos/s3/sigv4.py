@@ -105,8 +105,8 @@ class Claimed(NamedTuple):
     """What a request says of its signature, parsed: all of the check but the time and the secret.
 
     A pure function of the head, so it may be kept with it. not_before, not_after: epoch seconds between which it counts.
-    canonical: the canonical request. said_time: the request's own time as sent, for the error. presigned: its query's
-    claim, None for one in the header.
+    canonical: the canonical request. to_sign: the string to sign. said_time: the request's own time as sent, for the
+    error. presigned: its query's claim, None for one in the header.
     """
 
     claim: Claim
@@ -114,6 +114,7 @@ class Claimed(NamedTuple):
     not_before: float
     not_after: float
     canonical: str
+    to_sign: bytes
     provided: str
     payload_hash: str
     said_time: str
@@ -156,8 +157,9 @@ def claim_of(head: RequestHead) -> Claimed:
     payload_hash = headers.get("x-amz-content-sha256") or payload_hash or UNSIGNED_PAYLOAD
     canonical = _canonical_request(head, claim, query, payload_hash)
     return Claimed(
-        claim, amz_date, signed_at - SKEW_MAX_S, signed_at + expires_s, canonical, provided, payload_hash, "", presigned
-    )
+        claim, amz_date, signed_at - SKEW_MAX_S, signed_at + expires_s, canonical,
+        _string_to_sign(canonical, amz_date, claim.credential.scope), provided, payload_hash, "", presigned,
+    )  # fmt: skip
 
 
 def _claimed_in_header(head: RequestHead, authorization: str) -> Claimed:
@@ -180,8 +182,8 @@ def _claimed_in_header(head: RequestHead, authorization: str) -> Claimed:
     canonical = _canonical_request(head, claim, claims.canonical_raw_query(query) if query else "", payload_hash)
     said_time = headers.get("x-amz-date") or headers.get("date", "")
     return Claimed(
-        claim, amz_date, signed_at - SKEW_MAX_S, signed_at + SKEW_MAX_S, canonical, provided, payload_hash, said_time,
-        None,
+        claim, amz_date, signed_at - SKEW_MAX_S, signed_at + SKEW_MAX_S, canonical,
+        _string_to_sign(canonical, amz_date, claim.credential.scope), provided, payload_hash, said_time, None,
     )  # fmt: skip
 
 
@@ -202,7 +204,22 @@ def _canonical_request(head: RequestHead, claim: Claim, query: str, payload_hash
 
 def check(claimed: Claimed, secrets: Mapping[str, str], now: float) -> Identity:
     """The second half of verify(): the time, the secret, and the signature computed anew and compared."""
-    claim, amz_date, not_before, not_after, canonical, provided, payload_hash, said_time, presigned = claimed
+    key = _check_signature(claimed, secrets, now)
+    credential, payload_hash = claimed.claim.credential, claimed.payload_hash
+    payload = _PAYLOADS.get(payload_hash)
+    payload_sha256 = None
+    if payload is None:
+        payload = Payload.SIGNED
+        payload_sha256 = _hex_sha256(payload_hash)
+    return Identity(
+        credential.access_key, payload, payload_sha256, claimed.provided, credential.scope, claimed.amz_date, key,
+        claimed.presigned is not None,
+    )  # fmt: skip
+
+
+def _check_signature(claimed: Claimed, secrets: Mapping[str, str], now: float) -> bytes:
+    """The derived key, if the signature is right and this is the time for it; raises S3Error as verify() does."""
+    claim, _, not_before, not_after, canonical, to_sign, provided, _, said_time, presigned = claimed
     if not not_before <= now <= not_after:
         if presigned is not None:
             _refuse_time(presigned, now)
@@ -214,29 +231,32 @@ def check(claimed: Claimed, secrets: Mapping[str, str], now: float) -> Identity:
                 "MaxAllowedSkewMilliseconds": str(SKEW_MAX_S * 1000),
             },
         )
-    access_key, date, region, scope = claim.credential
+    access_key, date, region, _ = claim.credential
     secret = secrets.get(access_key)
     if secret is None:
         raise S3Error("InvalidAccessKeyId", extra={"AWSAccessKeyId": claims.printable(access_key)})
-    payload = _PAYLOADS.get(payload_hash)
-    payload_sha256 = None
-    if payload is None:
-        payload = Payload.SIGNED
-        payload_sha256 = _hex_sha256(payload_hash)
     key = _signing_key(secret, date, region)
-    signature = _sign(canonical, amz_date, scope, key)
     # compare_digest takes ASCII text only; what else a client may have sent is wrong anyway.
-    if not provided.isascii() or not hmac.compare_digest(signature, provided):
+    if not provided.isascii() or not hmac.compare_digest(key.sign(to_sign), provided):
         raise S3Error(
             "SignatureDoesNotMatch",
             extra={
                 "AWSAccessKeyId": access_key,
-                "StringToSign": claims.printable(_string_to_sign(canonical, amz_date, scope)),
+                "StringToSign": claims.printable(to_sign.decode("utf-8", "surrogateescape")),
                 "SignatureProvided": claims.printable(provided),
                 "CanonicalRequest": claims.printable(canonical),
             },
         )
-    return Identity(access_key, payload, payload_sha256, signature, scope, amz_date, key.key, presigned is not None)
+    return key.key
+
+
+def holds(claimed: Claimed, secrets: Mapping[str, str], now: float) -> bool:
+    """check() for who only wants to know whether the signature is right."""
+    try:
+        _check_signature(claimed, secrets, now)
+    except S3Error:
+        return False
+    return True
 
 
 def _header_lines(headers: Mapping[str, str], signed_names: tuple[str, ...]) -> str:
@@ -250,13 +270,13 @@ def _header_lines(headers: Mapping[str, str], signed_names: tuple[str, ...]) -> 
     return lines
 
 
-def _string_to_sign(canonical: str, amz_date: str, scope: str) -> str:
+def _string_to_sign(canonical: str, amz_date: str, scope: str) -> bytes:
     digest = hashlib.sha256(canonical.encode("utf-8", "surrogateescape")).hexdigest()
-    return f"AWS4-HMAC-SHA256\n{amz_date}\n{scope}\n{digest}"
+    return f"AWS4-HMAC-SHA256\n{amz_date}\n{scope}\n{digest}".encode("utf-8", "surrogateescape")
 
 
 def _sign(canonical: str, amz_date: str, scope: str, key: _SigningKey) -> str:
-    return key.sign(_string_to_sign(canonical, amz_date, scope).encode("utf-8", "surrogateescape"))
+    return key.sign(_string_to_sign(canonical, amz_date, scope))
 
 
 def _hex_sha256(text: str) -> str:
