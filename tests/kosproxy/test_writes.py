@@ -257,6 +257,17 @@ def test_a_trailing_checksum(setup: Setup, trailing: bool, size: int, fits: bool
         assert "x-amz-trailer" not in request.headers and request.headers["content-length"] == str(size)
 
 
+def test_many_small_chunks(setup: Setup) -> None:
+    body = bytes(range(250)) * 4000
+    wire = b"".join(b"258\r\n%b\r\n" % body[at : at + 600] for at in range(0, 999_600, 600))
+    wire += b"190\r\n%b\r\n0\r\n\r\n" % body[999_600:]
+    headers = {"content-encoding": "aws-chunked", "x-amz-decoded-content-length": str(len(body))}
+    head = signed("PUT", "/bucket/k", (), headers, "STREAMING-UNSIGNED-PAYLOAD-TRAILER", len(wire))
+    assert ask(setup, head, wire).status == 200
+    stored = setup.origin.get("bucket", "k")
+    assert stored is not None and stored.body == body
+
+
 def test_expect_is_answered_after_authentication_and_an_early_refusal_closes(setup: Setup) -> None:
     client = Client(setup).send(signed("PUT", "/bucket/k", headers={"expect": "100-continue"}, length=5))
     assert client.answer().status == 100

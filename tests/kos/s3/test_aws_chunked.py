@@ -362,3 +362,14 @@ def test_request_headers() -> None:
     assert aws_chunked.stored_content_encoding("aws-chunked") is None
     assert aws_chunked.stored_content_encoding("gzip, AWS-Chunked,br") == "gzip, br"
     assert aws_chunked.stored_content_encoding(None) is None
+
+
+def test_a_thousand_short_chunks_are_enough() -> None:
+    """A megabyte in chunks of one byte is a minute's work."""
+    short, long = b"1\r\nx\r\n", b"200\r\n" + b"y" * 512 + b"\r\n"
+    decoder = Decoder(Payload.STREAMING_UNSIGNED_TRAILER, None, None)
+    assert b"".join(decoder.feed(short * 1023 + long * 5000 + b"0\r\n\r\n")) == b"x" * 1023 + b"y" * 512 * 5000
+    decoder.finish()
+    with pytest.raises(S3Error) as caught:
+        Decoder(Payload.STREAMING_UNSIGNED_TRAILER, None, None).feed(short * 1025)
+    assert caught.value.code == "InvalidRequest"
