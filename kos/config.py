@@ -118,7 +118,7 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
     fill_ahead_bytes: Annotated[int, Key(size(0, 16 * GIB), "fill_ahead")] = 128 * MIB
     fills_max_bytes: Annotated[int, Key(size(4 * KIB), "fills_max")] = 1 * GIB
     random_read_bytes: Annotated[int, Key(size(0, 256 * MIB), "random_read")] = 1 * MIB
-    fill_buffer_bytes: Annotated[int, Key(size(4 * KIB, 16 * MIB), "fill_buffer")] = 256 * KIB
+    fill_buffer_bytes: Annotated[int, Key(size(4 * KIB, 16 * MIB), "fill_buffer")] = 1 * MIB
     write_threads: Annotated[int, Key(count(1, 64))] = 2
     scrub_bytes_per_s: Annotated[int, Key(size(0, 16 * GIB), "scrub_rate")] = 8 * MIB
     lease_timeout_s: Annotated[float, Key(duration(0.1, 3600), "lease_timeout")] = 60.0

@@ -94,10 +94,10 @@ class FileSink:
         buffer, count = self._filling, self._filled
         assert buffer is not None
         assert not self._writing
-        self._writing = True
         at = self._offset + self.written
-        future = self._loop.run_in_executor(self._threads, _hash_and_write, self._hash, self._fd, buffer, count, at)
-        future.add_done_callback(lambda done: self._wrote(buffer, count, done))
+        # Not run_in_executor: the futures that it chains cost the loop as much as the write costs the thread.
+        self._threads.submit(_write_and_tell, self._hash, self._fd, buffer, count, at, self._loop, self._wrote)
+        self._writing = True
         self._spare, spare = None, self._spare
         self._fill_into(spare or (self._pool.take_now() if self.received_bytes < self._length else None))
 
@@ -108,9 +108,8 @@ class FileSink:
         if buffer is not None:
             self._view = memoryview(buffer)
 
-    def _wrote(self, buffer: bytearray, count: int, done: asyncio.Future[None]) -> None:
+    def _wrote(self, buffer: bytearray, count: int, error: Exception | None) -> None:
         self._writing = False
-        error = done.exception()
         if error is not None:
             self.error = error if isinstance(error, OSError) else OSError(str(error))
             self._filled = 0
@@ -169,6 +168,24 @@ class FileSink:
                 self._pool.give(buffer)
         self._filling = self._spare = None
         self._filled = 0
+
+
+def _write_and_tell(
+    hasher: Any,
+    fd: int,
+    buffer: bytearray,
+    count: int,
+    offset: int,
+    loop: asyncio.AbstractEventLoop,
+    wrote: Callable[[bytearray, int, Exception | None], None],
+) -> None:
+    """In a thread; tells the loop how it went, in every case."""
+    failure: Exception | None = None
+    try:
+        _hash_and_write(hasher, fd, buffer, count, offset)
+    except Exception as error:
+        failure = error
+    loop.call_soon_threadsafe(wrote, buffer, count, failure)
 
 
 def _hash_and_write(hasher: Any, fd: int, buffer: bytearray, count: int, offset: int) -> None:

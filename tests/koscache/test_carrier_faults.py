@@ -14,6 +14,7 @@ import pytest
 from kos.clock import Clock
 from kos.config import Config, Rule
 from kos.errors import S3Error
+from koscache import ipc
 from koscache.carrier import Phase, Reason, Want
 from koscache.content import Record
 from koscache.store import Store
@@ -184,3 +185,36 @@ async def test_a_clock_that_is_set_back_delays_nobody(tmp_path: Path) -> None:
         node.origin.fault(status=503, then=lambda _: setattr(clock, "ahead_s", -3600.0))
         assert await node.read("b", "k") == b"body"
         assert len(node.origin.requests) <= 3
+
+
+async def test_a_peer_that_reads_nothing_holds_up_no_close(tmp_path: Path) -> None:
+    """A stopped worker leaves the daemon's socket full; the daemon ends all the same."""
+    async with CacheNode(tmp_path) as node:
+        assert node.daemon is not None
+        with ipc.socket_address(node.config.cache.dir) as path:
+            _, writer = await asyncio.open_unix_connection(path)
+        sessions = node.daemon._sessions
+        await until(lambda: len(sessions) == 2)
+        stopped = sessions[max(sessions)].connection
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        while stopped._transport is not None and stopped._transport.get_write_buffer_size() == 0:
+            stopped.send(ipc.Caching(True, "x" * 60000))
+        async with asyncio.timeout(8):
+            await node.stop_daemon()
+        writer.close()
+
+
+async def test_fills_share_the_buffers_that_there_are(tmp_path: Path) -> None:
+    """More fills than buffers, each with a connection of its own: they take turns, and nobody waits for ever."""
+    options = {"fill_buffer_bytes": 16 * KIB, "fill_ahead_bytes": 16 * BLOCK, "origin_connections": 8}
+    async with CacheNode(tmp_path, **options) as node:
+        pool = node.workers[0].carrier._context.buffers
+        pool._left = 2
+        bodies = {f"k{each}": os.urandom(16 * BLOCK) for each in range(6)}
+        for key, body in bodies.items():
+            node.origin.put("b", key, body)
+        async with asyncio.timeout(30):
+            got = await asyncio.gather(*(node.read("b", key) for key in bodies))
+        assert got == list(bodies.values())
+        await node.settled()
+        assert len(pool._free) == 2
