@@ -182,16 +182,11 @@ class Reader:
                 self.errors_count += 1
                 return None
 
-    def read_again(self, found: Found, fence: int, location: Location, offset: int, into: memoryview) -> bool:
-        """Fills `into` with bytes from `offset` of the block at `location`, if the index is still in the state in which it
-        said `found`, the fence slot still has the value `fence`, and the bytes are in memory. Never waits for a disk.
-
-        One step for a hit that was served before: nothing can come between the look at the index and the reading.
-        """
+    def still(self, found: Found, fence: int) -> bool:
+        """Whether the index is in the state in which it said `found`, and the fence slot still has the value `fence`."""
         with self._lock:
             environment = self._environment
-            held = self._held.get(location.segment)
-            if environment is None or held is None or held.dropped or self.fence.value(found.slot) != fence:
+            if environment is None or self.fence.value(found.slot) != fence:
                 return False
             try:
                 txn = environment.env.begin(environment.objects)
@@ -200,10 +195,16 @@ class Reader:
             except lmdb.Error:
                 self.errors_count += 1
                 return False
-            if state != found.state:
+            return state == found.state
+
+    def read_now(self, segment: int, offset: int, into: memoryview) -> bool:
+        """Fills `into` from a segment that is open, if the bytes are in memory. Never waits for a disk."""
+        with self._lock:
+            held = self._held.get(segment)
+            if held is None or held.dropped:
                 return False
             try:
-                return os.preadv(held.fd, (into,), location.offset + offset, os.RWF_NOWAIT) == len(into)
+                return os.preadv(held.fd, (into,), offset, os.RWF_NOWAIT) == len(into)
             except OSError:
                 return False
 

@@ -99,6 +99,7 @@ class FastLane:
         # Nothing else runs between filling and sending it: one buffer does for all connections.
         self._buffer = memoryview(bytearray(_COPY_BYTES))
         self._sight = carrier.sight
+        self._still = carrier.still
         self._read_again = carrier.read_again
         self._known: dict[bytes, _Request] = {}
         self._repeated: dict[bytes, _Again] = {}
@@ -140,15 +141,15 @@ class FastLane:
         text = template.render(request_id, object_response.http_date(now), int(age_s))
         served = _Served(started, now, request_id, identity.access_key, request, status)
         if stop - start > _COPY_BYTES:
-            return self._relay(connection, text, pieces, served)
-        if not self._copy(connection, text, pieces, stop - start, served):
-            return False
-        if known is not None and start < stop:
+            done = self._relay(connection, text, pieces, served)
+        else:
+            done = self._copy(connection, text, pieces, stop - start, served)
+        if done and known is not None and start < stop:
             self._expect_again(data, known, template, identity.access_key)
-        return True
+        return done
 
     def _again(self, connection: Connection, again: _Again) -> bool:
-        """A head that came before, byte for byte, whose answer was small: only what may have changed is looked at.
+        """A head that came before, byte for byte, for bytes of a first block: only what may have changed is looked at.
 
         That is the time, the signature (computed anew), the state of the index, the fence, and whether the bytes are in
         memory. False: nothing was done.
@@ -158,14 +159,20 @@ class FastLane:
         if transport is None or connection.socket is None:
             return False
         now = self._now()
-        if not sigv4.holds(request.claimed, self._secrets, now):
+        if not sigv4.holds(request.claimed, self._secrets, now) or not self._still(sight, now):
             return False
-        body = self._read_again(sight, now, self._buffer)
+        age_s = int(now - validated_at) if now > validated_at else 0
+        request_id = self._request_id()
+        text = template.render(request_id, object_response.http_date(now), age_s)
+        if sight.stop - sight.start > _COPY_BYTES:
+            piece = self._piece(sight.found.record, sight.location, sight.start, sight.stop)
+            access_key = request.claimed.claim.credential.access_key
+            served = _Served(self._monotonic(), now, request_id, access_key, request, template.status)
+            return piece is not None and self._relay(connection, text, (piece,), served)
+        body = self._read_again(sight, self._buffer)
         if body is None:
             return False
-        request_id = self._request_id()
-        age_s = int(now - validated_at) if now > validated_at else 0
-        transport.write(b"".join((template.render(request_id, object_response.http_date(now), age_s), body)))
+        transport.write(b"".join((text, body)))
         connection.answered_fast()
         metrics.REQUEST_COUNTS.add(labels)
         metrics.BYTE_COUNTS.add(_HIT_BYTES, len(body))

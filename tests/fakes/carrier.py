@@ -97,11 +97,11 @@ class FakeCarrier:
         found = Found(peeked.record, 0, peeked.first, 1)
         return Sight(found, peeked.first, 1, 0.0, float("inf"), start, stop)
 
-    def read_again(self, sight: Sight, now: float, buffer: memoryview) -> memoryview | None:
-        record = sight.found.record
-        stored = next((each for each in self.objects.values() if each.record is record), None)
-        if stored is None or stored.hidden or stored.freshness is not Freshness.FRESH:
-            return None
+    def still(self, sight: Sight, now: float) -> bool:
+        stored = next((each for each in self.objects.values() if each.record is sight.found.record), None)
+        return stored is not None and not stored.hidden and stored.freshness is Freshness.FRESH
+
+    def read_again(self, sight: Sight, buffer: memoryview) -> memoryview | None:
         into = buffer[: sight.stop - sight.start]
         os.preadv(self.fd, (into,), sight.location.offset + sight.start)
         return into

@@ -21,7 +21,9 @@ async def ready(node: CacheNode, key: str, body: bytes) -> tuple[Carrier, Sight]
 
 
 def again(node: CacheNode, carrier: Carrier, sight: Sight, after_s: float = 0.0) -> bytes | None:
-    found = carrier.read_again(sight, node.clock.now() + after_s, memoryview(bytearray(SIZE * 2)))
+    if not carrier.still(sight, node.clock.now() + after_s):
+        return None
+    found = carrier.read_again(sight, memoryview(bytearray(SIZE * 2)))
     return None if found is None else bytes(found)
 
 
