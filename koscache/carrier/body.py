@@ -70,6 +70,8 @@ class Body:
         # A short read of a part: it does not fill a cold block at first touch, and there is nothing to look ahead to.
         self._touch = stop - start < min(context.cache.random_read_bytes, opened.record.size)
         self._ahead = start // self._block_bytes
+        self._begun = False  # whether a piece was given out
+        self._looking = False  # whether blocks ahead are asked for
         self._step: AsyncGenerator[Piece, None] | None = None
         self._fruitless = 0
         self._must_pass: PassReason | None = None
@@ -79,12 +81,18 @@ class Body:
         return self
 
     async def __anext__(self) -> Piece:
+        if self._begun and not self._looking:
+            # Not before: a dozen requests that start together would hold up the one that the client waits for.
+            self._looking = True
+            self._look_ahead(self._position // self._block_bytes)
         while self._position < self._stop:
             before = self._position
             try:
                 if self._step is None:
                     self._step = await self._next_step()
-                return await anext(self._step)
+                piece = await anext(self._step)
+                self._begun = True
+                return piece
             except StopAsyncIteration:
                 self._step = None
                 self._progress(before, None)
@@ -123,7 +131,8 @@ class Body:
             if response is not None:
                 return self._through(response, ticket.start, min(ticket.stop, self._stop))
         number = self._position // self._block_bytes
-        self._look_ahead(number)
+        if self._looking:
+            self._look_ahead(number)
         source: Location | Growing | PassReason | None = self._must_pass
         self._must_pass = None
         if source is None:
@@ -146,7 +155,12 @@ class Body:
             if growing is not None:
                 return growing
             if blocks.unverified(record, number):
-                if await blocks.verify(record, number):
+                try:
+                    async with asyncio.timeout(self._context.cache.ipc_timeout_s):
+                        verified = await blocks.verify(record, number)
+                except TimeoutError:
+                    return PassReason.BUSY
+                if verified:
                     continue
                 if blocks.unverified(record, number):
                     return PassReason.DAEMON_AWAY

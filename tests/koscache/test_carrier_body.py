@@ -84,12 +84,16 @@ async def test_a_range_outside_of_the_object_costs_no_body(node: CacheNode) -> N
 
 
 async def test_a_stream_looks_ahead_within_its_window(node: CacheNode) -> None:
-    """With the first block held back, the window's other blocks are on their way, each by a connection of its own."""
+    """Once its first bytes are here, the window's other blocks are on their way, each by a connection of its own."""
     body = os.urandom(12 * BLOCK)
     node.origin.put("b", "k", body)
-    hold = node.origin.hold(times=None, at="body", body_bytes=1)
+    first = node.origin.hold(at="head")
+    hold = node.origin.hold(times=None, at="body", body_bytes=40 * KIB)
     reading = asyncio.ensure_future(node.read("b", "k"))
-    await until(lambda: len(hold.held) == 4)  # fill_ahead is 4 blocks
+    await first.reached()
+    assert len(node.origin.requests) == 1, "nothing holds up the first one"
+    first.release()
+    await until(lambda: len(hold.held) == 3)  # fill_ahead is 4 blocks, the first of them came through
     hold.release()
     assert await reading == body
     assert len(node.origin.requests) == 12
