@@ -93,7 +93,8 @@ async def test_a_stream_looks_ahead_within_its_window(node: CacheNode) -> None:
     await first.reached()
     assert len(node.origin.requests) == 1, "nothing holds up the first one"
     first.release()
-    await until(lambda: len(hold.held) == 3)  # fill_ahead is 4 blocks, the first of them came through
+    await until(lambda: len(hold.held) >= 3)  # fill_ahead is 4 blocks; once the first is through, it moves on by one
+    assert len(hold.held) <= 4
     hold.release()
     assert await reading == body
     assert len(node.origin.requests) == 12

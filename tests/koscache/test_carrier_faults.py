@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -125,7 +126,7 @@ async def test_a_disk_that_stands_still_holds_up_no_read(tmp_path: Path) -> None
         return _StuckStore(Store.open(config.cache, clock), go)
 
     rules = (Rule(match="*", freshness=0.0),)
-    options = {"ipc_timeout_s": 0.2, "lease_timeout_s": 0.5, "origin_read_timeout_s": 0.4}
+    options: dict[str, Any] = {"ipc_timeout_s": 0.2, "lease_timeout_s": 0.5, "origin_read_timeout_s": 0.4}
     async with CacheNode(tmp_path, workers=2, rules=rules, open_store=open_store, **options) as node:
         try:
             node.origin.put("b", "k", b"one")
@@ -206,7 +207,7 @@ async def test_a_peer_that_reads_nothing_holds_up_no_close(tmp_path: Path) -> No
 
 async def test_fills_share_the_buffers_that_there_are(tmp_path: Path) -> None:
     """More fills than buffers, each with a connection of its own: they take turns, and nobody waits for ever."""
-    options = {"fill_buffer_bytes": 16 * KIB, "fill_ahead_bytes": 16 * BLOCK, "origin_connections": 8}
+    options: dict[str, Any] = {"fill_buffer_bytes": 16 * KIB, "fill_ahead_bytes": 16 * BLOCK, "origin_connections": 8}
     async with CacheNode(tmp_path, **options) as node:
         pool = node.workers[0].carrier._context.buffers
         pool._left = 2
@@ -218,3 +219,38 @@ async def test_fills_share_the_buffers_that_there_are(tmp_path: Path) -> None:
         assert got == list(bodies.values())
         await node.settled()
         assert len(pool._free) == 2
+
+
+async def test_a_check_that_takes_too_long_holds_up_no_read(tmp_path: Path) -> None:
+    """Blocks that recovery kept are checked before their first use, unless the disk stands still."""
+    go = threading.Event()
+    go.set()
+
+    class StuckCheck(_StuckStore):
+        def verify(self, content: bytes, number: int) -> bool:
+            go.wait()
+            return self._store.verify(content, number)
+
+    def open_store(config: Config, clock: Clock) -> Any:
+        return StuckCheck(Store.open(config.cache, clock), go)
+
+    async with CacheNode(tmp_path, ipc_timeout_s=0.3) as node:
+        body = os.urandom(3 * BLOCK)
+        node.origin.put("b", "k", body)
+        await node.read("b", "k")
+        await node.settled()
+        record = node.workers[0].carrier.peek("b", "k").record
+        await node.stop_daemon()
+        for path in Path(node.config.cache.dir).glob("index*"):
+            shutil.rmtree(path)
+        node._open_store = open_store
+        await node.start_daemon()
+        await until(lambda: node.workers[0].carrier.caching)
+        assert record is not None
+        assert node.workers[0].carrier._blocks.unverified(record, 0)
+        go.clear()
+        try:
+            async with asyncio.timeout(10):
+                assert await node.read("b", "k") == body
+        finally:
+            go.set()
