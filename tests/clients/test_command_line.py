@@ -17,7 +17,7 @@ BIN = Path(sys.executable).parent
 
 
 def run(command: list[str], env: dict[str, str]) -> str:
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -45,6 +45,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.timeout(400)
 def test_aws_cli(kos_node: Node, bucket: str, s3: Any, client_env: dict[str, str], tmp_path: Path, tree: Any) -> None:
     aws = [str(BIN / "aws"), "--endpoint-url", kos_node.s3_url]
     run([*aws, "s3", "cp", "--recursive", "--quiet", str(tmp_path / "tree"), f"s3://{bucket}/up"], client_env)
@@ -66,6 +67,7 @@ def test_aws_cli(kos_node: Node, bucket: str, s3: Any, client_env: dict[str, str
     assert [each["Key"] for each in s3.list_objects_v2(Bucket=bucket)["Contents"]] == ["copy"]
 
 
+@pytest.mark.timeout(400)
 def test_s5cmd(kos_node: Node, bucket: str, s3: Any, client_env: dict[str, str], tmp_path: Path, tree: Any) -> None:
     s5cmd = [str(BIN / "s5cmd"), "--endpoint-url", kos_node.s3_url]
     run([*s5cmd, "cp", f"{tmp_path}/tree/", f"s3://{bucket}/up/"], client_env)
