@@ -101,10 +101,6 @@ class Fence:
         self._slots[slot] = value
         return value
 
-    def bump_all(self) -> None:
-        """Every record is fenced: for when it is unknown what was written."""
-        self._slots[:] = memoryview(_random_slots()).cast("Q")
-
     def current(self) -> bool:
         """Whether the mapped file is still the one at its path; if not, open anew."""
         try:

@@ -54,11 +54,6 @@ class BlockOutcome(enum.IntEnum):
     LEADER_STALLED = 6  # no sign of progress for lease_timeout
     LEADER_GAVE_UP = 7  # the leader's worker is closing
 
-    @property
-    def asks_again(self) -> bool:
-        """Whether a follower should ask the daemon anew, and so perhaps take over."""
-        return self in (self.LEADER_DIED, self.LEADER_STALLED, self.LEADER_GAVE_UP)
-
 
 class PassReason(enum.IntEnum):
     """Why a block is not to be filled, but passed through."""

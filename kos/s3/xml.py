@@ -1,4 +1,4 @@
-"""The XML that kos itself writes and reads: errors, DeleteObjects requests and results.
+"""The XML that kos itself writes and reads: errors and requests of DeleteObjects.
 
 Owns: their form, and a reader for XML from strangers. Does not own: listings and everything else that passes through.
 
@@ -17,14 +17,11 @@ from dataclasses import dataclass, field
 from typing import Final
 from xml.parsers import expat
 
-from kos.errors import OriginBroken, S3Error
+from kos.errors import S3Error
 
 KEYS_MAX: Final = 1000
 #: 1000 keys of 1024 bytes, each byte at most six characters (&quot;), and some 1300 for tags and version id: 7.5 MB.
 DELETE_REQUEST_MAX_BYTES: Final = 8 * 1024 * 1024
-#: A result repeats every key, with an error text for each at worst.
-DELETE_RESULT_MAX_BYTES: Final = 16 * 1024 * 1024
-ERROR_MAX_BYTES: Final = 64 * 1024
 _DEPTH_MAX: Final = 8
 _ELEMENTS_MAX: Final = 20 * KEYS_MAX
 
@@ -63,10 +60,6 @@ class Element:
     name: str
     text: str = ""
     children: list[Element] = field(default_factory=list)
-
-    def child_text(self, name: str) -> str | None:
-        """The text of the first child of that name, None without one."""
-        return next((child.text for child in self.children if child.name == name), None)
 
 
 class _Reader:
@@ -166,65 +159,3 @@ def parse_delete_request(document: bytes) -> DeleteRequest:
     if not well_formed or not 1 <= len(items) <= KEYS_MAX:
         raise S3Error("MalformedXML")
     return DeleteRequest(tuple(items), quiet)
-
-
-def parse_error(document: bytes) -> tuple[str, str] | None:
-    """(code, message) when the document is an error document, else None.
-
-    CopyObject, UploadPartCopy and CompleteMultipartUpload answer 200 before they know, so a 200 must be looked into.
-    """
-    try:
-        root = read(document, ERROR_MAX_BYTES)
-    except UnreadableXML:
-        return None
-    if root.name != "Error":
-        return None
-    return root.child_text("Code") or "", root.child_text("Message") or ""
-
-
-@dataclass(frozen=True, slots=True)
-class Deleted:
-    """A key that is gone; delete_marker: a marker was put on it or taken away."""
-
-    key: str
-    version_id: str | None
-    delete_marker: bool
-
-
-@dataclass(frozen=True, slots=True)
-class NotDeleted:
-    """A key that the origin did not delete, and its S3 error."""
-
-    key: str
-    version_id: str | None
-    code: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteResult:
-    """What an origin did with each key; deleted is empty when the request was quiet."""
-
-    deleted: tuple[Deleted, ...]
-    failed: tuple[NotDeleted, ...]
-
-
-def parse_delete_result(document: bytes) -> DeleteResult:
-    """An origin's answer to DeleteObjects; raises OriginBroken when it is none."""
-    try:
-        root = read(document, DELETE_RESULT_MAX_BYTES)
-    except UnreadableXML as error:
-        raise OriginBroken(f"the answer to DeleteObjects cannot be read: {error}") from error
-    if root.name not in ("DeleteResult", "DeleteObjectsOutput"):
-        raise OriginBroken(f"the answer to DeleteObjects is <{root.name[:64]}>")
-    deleted: list[Deleted] = []
-    failed: list[NotDeleted] = []
-    for child in root.children:
-        key = child.child_text("Key") or ""
-        version_id = child.child_text("VersionId") or None
-        if child.name == "Deleted":
-            deleted.append(Deleted(key, version_id, child.child_text("DeleteMarker") == "true"))
-        elif child.name == "Error":
-            code, message = child.child_text("Code") or "", child.child_text("Message") or ""
-            failed.append(NotDeleted(key, version_id, code, message))
-    return DeleteResult(tuple(deleted), tuple(failed))

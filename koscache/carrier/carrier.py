@@ -43,8 +43,6 @@ _TOUCHES_MAX: Final = 8192
 _RUN_MAX: Final = 256
 #: All fill buffers of a worker together. One is enough for a fill, and fills wait for each other's.
 _BUFFERS_BYTES: Final = 64 * 1024 * 1024
-#: An index that could not be opened is looked for again so often while a daemon is there.
-_REOPEN_EVERY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,12 +40,10 @@ class Reason(enum.StrEnum):
     FENCED = "fenced"
     CHANGED = "changed"  # the origin has another version than the record
     CHECKSUMS = "checksums"  # the record was made from an answer without the object's checksums
-    RANGE = "range"  # a small range of something cold goes through as it is
     NO_STORE = "no_store"
     NO_ETAG = "no_etag"
     DAEMON_AWAY = "daemon_away"
     CACHING_OFF = "caching_off"
-    FILLS_MAX = "fills_max"
     BUSY = "busy"
     ORIGIN_DOWN = "origin_down"
 

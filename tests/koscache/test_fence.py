@@ -97,12 +97,6 @@ def test_a_mapping_knows_when_the_file_is_another(tmp_path: Path, fence: Fence) 
     assert not fence.current()
 
 
-def test_bump_all_fences_everything(fence: Fence) -> None:
-    before = [fence.value(slot) for slot in range(100)]
-    fence.bump_all()
-    assert not any(fence.value(slot) == was for slot, was in enumerate(before))
-
-
 def test_the_file_has_all_its_pages(tmp_path: Path, fence: Fence) -> None:
     found = os.stat(tmp_path / "fence")
     assert found.st_size == FENCE_BYTES
