@@ -20,4 +20,13 @@ async def until(condition: Callable[[], Any | Awaitable[Any]], timeout_s: float 
             return held
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:g} s: {what or inspect.getsource(condition).strip()}")
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.001)
+
+
+def eventually(condition: Callable[[], object], what: str = "", timeout_s: float = 60.0) -> None:
+    """As until, for tests without a loop: what another process or thread does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what or inspect.getsource(condition).strip()}")
+        time.sleep(0.01)

@@ -13,7 +13,8 @@ import pytest
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
-from tests.fakes.node import Node, client, eventually, phase
+from tests.conditions import eventually
+from tests.fakes.node import Node, client, phase
 
 KEYS = [
     "plain",

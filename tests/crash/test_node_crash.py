@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
+from tests.conditions import eventually
 from tests.fakes.http import read_answer, signed
-from tests.fakes.node import Node, client, eventually, node, phase
+from tests.fakes.node import Node, client, node, phase
 from tests.fakes.origin import FakeOrigin
 
 MIB = 1 << 20

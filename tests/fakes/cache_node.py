@@ -8,7 +8,6 @@ Each carrier has a reader, tasks and a connection of its own, as in a process of
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from koscache.daemon import Daemon
 from koscache.keeper import Storing
 from koscache.reader import Reader
 from koscache.store import Store
+from tests.conditions import until
 from tests.fakes.origin import FakeOrigin
 
 KIB = 1024
@@ -200,13 +200,6 @@ def take(piece: Piece) -> bytes:
     got = os.pread(piece.fd, piece.length, piece.offset)
     assert len(got) == piece.length, "a piece is bytes that are in the file"
     return got
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Lets the loop turn until the condition holds."""
-    async with asyncio.timeout(timeout_s):
-        for _ in iter(condition, True):
-            await asyncio.sleep(0.001)
 
 
 class ShiftedClock(Clock):

@@ -10,9 +10,8 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import yaml
 from botocore.config import Config
 
 from koscli.demo.processes import answers, free_ports, running, saw_line, tail
+from tests.conditions import eventually
 
 ACCESS_KEY = "kostestkey"
 SECRET_KEY = "kos/test+secret"
@@ -127,14 +127,6 @@ def client(url: str, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY,
 def phase(answer: dict[str, Any]) -> str:
     """hit, miss, revalidated, stale or bypass, as x-kos-cache of a boto3 answer says."""
     return str(answer["ResponseMetadata"]["HTTPHeaders"].get("x-kos-cache", "none")).partition(";")[0]
-
-
-def eventually(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
-    """Poll until `condition` holds; fail with `what` after timeout_s. For states of other processes only."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"did not happen within {timeout_s} s: {what}"
-        time.sleep(0.02)
 
 
 def _configuration(directory: Path, origin_url: str, s3: int, admin: int, peer: int) -> dict[str, Any]:

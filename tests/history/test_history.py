@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.fakes.node import Node, eventually, node
+from tests.conditions import eventually
+from tests.fakes.node import Node, node
 from tests.fakes.origin import FakeOrigin
 from tests.history.ledger import Ledger
 from tests.history.workload import Workload

@@ -20,9 +20,9 @@ from koscache import ipc
 from koscache.carrier import Phase, Reason
 from koscache.content import Commit, Extent, Refused
 from koscache.disk import StoreFailed
-from koscache.ipc import BlockOutcome
 from koscache.store import Store
-from tests.fakes.cache_node import KIB, MIB, CacheNode, ShiftedClock, until
+from tests.conditions import until
+from tests.fakes.cache_node import KIB, MIB, CacheNode, ShiftedClock
 
 BLOCK = 64 * KIB
 
@@ -87,7 +87,7 @@ async def test_an_expired_record_is_revalidated_without_the_daemon(tmp_path: Pat
 async def test_a_daemon_that_dies_in_the_middle_fails_nobody(node: CacheNode) -> None:
     body = os.urandom(4 * BLOCK)
     node.origin.put("b", "k", body)
-    hold = node.origin.hold(times=None, at="body", body_bytes=10 * KIB)
+    hold = node.origin.hold(times=None, at="body", body_bytes=20 * KIB)
     reading = [asyncio.ensure_future(node.read("b", "k", worker=each % 2)) for each in range(6)]
     await until(lambda: len(hold.held) >= 4)
     await node.stop_daemon()
@@ -387,11 +387,3 @@ async def test_a_store_recovered_after_a_crash_serves_what_is_right_and_refills_
         assert statuses.count(304) == 4, "a rebuilt record is revalidated, its blocks are kept"
         # Whatever may have been written meanwhile: the headers are asked for anew as well.
         assert statuses.count(200) == 4 and len(statuses) == 8
-
-
-async def test_every_way_a_leader_fails_has_a_name() -> None:
-    assert {each.name for each in BlockOutcome if each.asks_again} == {
-        "LEADER_DIED",
-        "LEADER_STALLED",
-        "LEADER_GAVE_UP",
-    }

@@ -12,7 +12,8 @@ import pytest
 from kos.errors import OriginRefused, S3Error
 from kos.s3.ranges import RangeSpec
 from koscache.carrier import BytesPiece, Changed, FilePiece, Phase, Reason, Want
-from tests.fakes.cache_node import KIB, MIB, CacheNode, take, until
+from tests.conditions import until
+from tests.fakes.cache_node import KIB, MIB, CacheNode, take
 
 BLOCK = 64 * KIB
 

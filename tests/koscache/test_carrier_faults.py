@@ -19,7 +19,8 @@ from koscache import ipc
 from koscache.carrier import Phase, Reason, Want
 from koscache.content import Record
 from koscache.store import Store
-from tests.fakes.cache_node import KIB, CacheNode, ShiftedClock, until
+from tests.conditions import until
+from tests.fakes.cache_node import KIB, CacheNode, ShiftedClock
 
 BLOCK = 64 * KIB
 

@@ -12,7 +12,8 @@ import pytest
 from kos.config import ALWAYS, IMMUTABLE, Rule
 from kos.errors import OriginRefused, S3Error
 from koscache.carrier import Freshness, Phase, Reason, Want
-from tests.fakes.cache_node import KIB, CacheNode, ShiftedClock, until
+from tests.conditions import until
+from tests.fakes.cache_node import KIB, CacheNode, ShiftedClock
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from koscache.content import Record, Small, body_checksum
 from koscache.disk import StoreFailed
 from koscache.keeper import Keeper
 from koscache.leases import Here
-from tests.fakes.cache_node import KIB, CacheNode, settings, until
+from tests.conditions import until
+from tests.fakes.cache_node import KIB, CacheNode, settings
 
 CONFIG = """
 region: test

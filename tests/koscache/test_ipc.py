@@ -11,7 +11,7 @@ import pytest
 
 from koscache import ipc
 from koscache.content import Extent, Record
-from tests.fakes.cache_node import until
+from tests.conditions import until
 
 RECORD = Record('"e"', 5, "", (("a", "é"),), (), False, b"c" * 16, 1.5, 7)
 SAMPLES: list[ipc.Message] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from aiohttp.web_request import BaseRequest
 from kos.config import Limits
 from kos.errors import S3Error
 from kosproxy.server import Connection, Edge, Sent
+from tests.conditions import until
 
 BODY = bytes(range(256)) * 40_000
 
@@ -107,12 +108,6 @@ async def serving(tmp_path: Path, **limits: Any) -> AsyncIterator[Served]:
             lanes.go.set()
             await edge.drain(0.1)
             os.close(lanes.fd)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for what the other side of a connection does; the test's time-out ends what never comes."""
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
 
 
 async def read_answer(reader: asyncio.StreamReader) -> bytes:

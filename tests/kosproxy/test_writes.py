@@ -10,9 +10,8 @@ import re
 import socket
 import struct
 import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from kos.clock import Clock
 from kos.origin.credentials import Credentials, StaticCredentials
 from kos.origin.lane import OriginLane
 from kos.s3.sigv4 import canonical_query, presign, sign_headers
+from tests.conditions import eventually
 from tests.fakes.carrier import FakeCarrier
 from tests.fakes.origin import FakeOrigin
 from tests.fakes.proxy import ACCESS_KEY, NOW, SECRET_KEY, Proxy
@@ -133,13 +133,6 @@ def ask(setup: Setup, *data: bytes, head_only: bool = False) -> Answer:
     return answer
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_a_put_reaches_the_origin_and_is_forgotten(setup: Setup) -> None:
     body = b"some bytes" * 100_000
     headers = {
@@ -178,11 +171,11 @@ def test_the_client_hears_of_a_write_after_the_fence_was_passed(setup: Setup) ->
 
 def test_a_client_that_goes_away_in_the_middle_leaves_no_object(setup: Setup) -> None:
     client = Client(setup).send(signed("PUT", "/bucket/k", length=1_000_000), b"x" * 500_000)
-    until(lambda: setup.origin.requests)
+    eventually(lambda: setup.origin.requests)
     client.abort()
-    until(lambda: setup.carrier.writes)
+    eventually(lambda: setup.carrier.writes)
     assert setup.origin.get("bucket", "k") is None
-    until(lambda: setup.proxy.lines)
+    eventually(lambda: setup.proxy.lines)
     assert setup.proxy.lines[0].status in (400, 499)
 
 
@@ -191,13 +184,13 @@ def test_a_client_that_goes_away_at_the_end_does_not_end_the_write(setup: Setup)
     client = Client(setup).send(signed("PUT", "/bucket/k", length=5), b"hello")
     hold.wait_reached()
     client.abort()
-    until(lambda: setup.proxy.edge is not None and not setup.proxy.edge.connections)
+    eventually(lambda: setup.proxy.edge is not None and not setup.proxy.edge.connections)
     assert setup.carrier.fenced == [("bucket", ("k",))]
     hold.release()
-    until(lambda: setup.carrier.writes)
+    eventually(lambda: setup.carrier.writes)
     stored = setup.origin.get("bucket", "k")
     assert stored is not None and stored.body == b"hello"
-    until(lambda: setup.proxy.lines)
+    eventually(lambda: setup.proxy.lines)
 
 
 def test_a_body_that_stands_still_is_given_up(setup: Setup) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.fakes.node import Node, client, eventually, phase
+from tests.conditions import eventually
+from tests.fakes.node import Node, client, phase
 from tests.fakes.origin import FakeOrigin
 
 MIB = 1 << 20

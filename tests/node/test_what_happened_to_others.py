@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
+from tests.conditions import eventually
 from tests.fakes.http import exchange, signed
-from tests.fakes.node import Node, client, eventually, node, phase
+from tests.fakes.node import Node, client, node, phase
 from tests.fakes.origin import FakeOrigin
 
 MIB = 1 << 20
