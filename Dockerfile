@@ -3,6 +3,9 @@
 #   docker build -t kos .
 #   docker run -v ./kos.yaml:/etc/kos/kos.yaml:ro -v kos-cache:/var/lib/kos -p 9000:9000 kos
 #
+# In the file listen.s3 is 0.0.0.0:9000 (the default, loopback, cannot be reached from outside) and cache.dir is below
+# /var/lib/kos. Uid 10001 reads the one and writes the other. /tmp must be writable: metrics of the processes are kept there.
+#
 # `kos up` as the first process reaps its own children and passes signals on; it needs no init. Give it as long to stop
 # as limits.drain says, and some: docker stop --time 30.
 
