@@ -140,16 +140,8 @@ class Reader:
                 return None
             if value is None:
                 return None
-            known = self._decoded.get(hashed)
-            if known is not None and known[0] == value:
-                named = known[1]
-            else:
-                found = ix.decode_record(hashed, value)
-                if found is None:
-                    return None
-                named = found
-                self._remember(hashed, value, named)
-        return named.record if named.key == key and named.bucket == bucket else None
+            named = self._decode(hashed, value)
+        return named.record if named is not None and named.key == key and named.bucket == bucket else None
 
     def first(self, bucket: str, key: str) -> Found | None:
         """record() and locate() of block 0 in one, from one state of the index.
@@ -213,20 +205,25 @@ class Reader:
         value = txn.get(hashed)
         if value is None:
             return None
-        known = self._decoded.get(hashed)
-        named = known[1] if known is not None and known[0] == value else ix.decode_record(hashed, value)
+        named = self._decode(hashed, value)
         if named is None or named.key != key or named.bucket != bucket:
             return None
-        self._remember(hashed, value, named)
         block = ix.block_key(named.record.content, 0)
         place = txn.get(block, db=environment.blocks)
         location = None if place is None else ix.decode_location(block, place)
         return Found(named.record, self.fence.slot(bucket, key), location, state)
 
-    def _remember(self, hashed: bytes, value: bytes, named: Named) -> None:
-        if len(self._decoded) >= _DECODED_MAX and hashed not in self._decoded:
-            del self._decoded[next(iter(self._decoded))]
-        self._decoded[hashed] = (value, named)
+    def _decode(self, hashed: bytes, value: bytes) -> Named | None:
+        """Whose record an entry of the index is, and the record: the same one while the entry's bytes are the same."""
+        known = self._decoded.get(hashed)
+        if known is not None and known[0] == value:
+            return known[1]
+        named = ix.decode_record(hashed, value)
+        if named is not None:
+            if len(self._decoded) >= _DECODED_MAX and hashed not in self._decoded:
+                del self._decoded[next(iter(self._decoded))]
+            self._decoded[hashed] = (value, named)
+        return named
 
     def locate(self, content: bytes, number: int) -> Location | None:
         """Where a block is; look at `verified` before serving from there."""
