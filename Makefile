@@ -1,7 +1,7 @@
 # Everything here makes what it needs first: a virtual environment, the packages in it, and for `bench` wrk and nginx.
 # Stamps in the environment remember what is installed, so that a second run begins at once.
 #
-#   make demo            two minutes of kos with real clients; stays up until ^C        (CHECK=1: ends, exit status tells)
+#   make demo            two minutes of kos with a real client; stays up until ^C       (CHECK=1: ends, exit status tells)
 #   make test            the tests                                                      (ARGS='-k name', SLOW=1: the slow ones too)
 #   make check           ruff, format, mypy --strict
 #   make bench           every figure, then the plots                                   (NAME=hot_get for one)

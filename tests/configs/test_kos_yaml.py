@@ -12,7 +12,7 @@ import pytest
 from kos import config, config_file
 from kos.config_file import Option
 
-FILE = Path(__file__).parents[1] / "configs" / "kos.yaml"
+FILE = Path(__file__).parents[2] / "configs" / "kos.yaml"
 OPTIONS = {option.path: option for option in config_file.options(config.Config)}
 
 _SECTION = re.compile(r"(?P<key>[a-z0-9_]+):")
