@@ -42,7 +42,7 @@ _TOUCHES_MAX: Final = 8192
 #: Blocks that are looked up at once: 256 x 5 µs. With blocks of 8 MiB an object of 2 GiB.
 _RUN_MAX: Final = 256
 #: All fill buffers of a worker together. One is enough for a fill, and fills wait for each other's.
-_BUFFERS_BYTES: Final = 64 * 1024 * 1024
+_BUFFERS_BYTES: Final = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,5 +302,5 @@ class Carrier:
 
 
 def _buffers_max(buffer_bytes: int, connections: int) -> int:
-    """Two for each connection that may bring a body, as far as _BUFFERS_BYTES go: 64 of 1 MiB by default."""
+    """Two for each connection that may bring a body, as far as _BUFFERS_BYTES go: 32 of 1 MiB by default."""
     return min(2 * connections, max(1, _BUFFERS_BYTES // buffer_bytes))

@@ -11,6 +11,7 @@ is in work at any time. When the disk is slower than the origin, reading pauses:
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ class FileSink:
         self._filled = 0
         self._spare: bytearray | None = None
         self._writing = False
-        self._last_write = self._loop.time()
+        self._last_write = -math.inf  # the first bytes go at once: a reader may wait for them
         self._idle: asyncio.Future[None] | None = None
         self._paused = False
         self._resume: Callable[[], None] | None = None
