@@ -83,7 +83,7 @@ NODE_READY: Final = Gauge("kos_node_ready", "1 while requests to this node will 
 
 
 class FastCounts:
-    """Counts in a plain dict, carried over to a Counter once a second: 0.1 µs a count instead of 1 to 2.
+    """Counts in a plain dict, carried over once a second: no look-up of labels and no lock for each count.
 
     `counts.add(("GetObject", "200", "fast", "hit"))` with the label values in the metric's order.
     """

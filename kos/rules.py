@@ -55,7 +55,7 @@ class Rules:
         self._by_key: dict[tuple[str, str], Rule] = {}
 
     def match(self, bucket: str, key: str) -> Rule:
-        """The rule of an object. About 0.1 µs when asked before."""
+        """The rule of an object: one look-up in a dict when asked before."""
         rule = self._by_bucket.get(bucket)
         if rule is not None:
             return rule

@@ -48,7 +48,7 @@ def read_boot_id() -> str:
 
 
 class Fence:
-    """The mapped slots. bump and value cost about 0.2 µs and may be called from any thread of any process."""
+    """The mapped slots. bump and value are one access to memory, from any thread of any process."""
 
     def __init__(self, fd: int, path: str, *, created: bool) -> None:
         self.created = created

@@ -23,7 +23,7 @@ class Observer(Protocol):
 
 
 class Metrics:
-    """Counts into kos.metrics; labelled children are looked up once, not per request (1 µs each)."""
+    """Counts into kos.metrics; labelled children are looked up once, not per request."""
 
     def __init__(self) -> None:
         self._requests: dict[tuple[str, int], Any] = {}
