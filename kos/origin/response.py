@@ -19,7 +19,7 @@ from kos.origin.sink import BodySink, Delivery, announced_length
 
 
 class OriginResponse:
-    """status and headers are there; take the body by one of read, iter_chunks, into. An async context manager.
+    """status and headers are there; take the body by one of read, pieces, into. An async context manager.
 
     content_length: of the header, so of a HEAD's object too; None if there is none.
     """
@@ -73,7 +73,7 @@ class OriginResponse:
         self.close()
         return self._broken(f"the origin's answer is longer than {limit} bytes")
 
-    async def iter_chunks(self) -> AsyncIterator[bytes]:
+    async def pieces(self) -> AsyncIterator[bytes]:
         """The body in the pieces in which it comes; the origin is held back while nobody asks. OriginBroken as read."""
         received = 0
         try:

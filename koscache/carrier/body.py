@@ -292,7 +292,7 @@ class Body:
         """Pieces of [position, end) from an answer whose body begins at `start` of the object."""
         skip = self._position - start
         try:
-            async for data in response.iter_chunks():
+            async for data in response.pieces():
                 metrics.BYTE_COUNTS.add(("origin",), len(data))
                 if skip >= len(data):
                     skip -= len(data)

@@ -34,7 +34,7 @@ async def forward(exchange: Exchange, operation: Operation, identity: Identity) 
     async with await ask(exchange, operation, request) as response:
         relay_head(exchange, response)
         if exchange.has_body(response.status):
-            async for data in response.iter_chunks():
+            async for data in response.pieces():
                 await exchange.write(data)
         await exchange.finish()
 

@@ -35,7 +35,7 @@ async def write(exchange: Exchange, operation: Operation, identity: Identity) ->
     ):
         relay_head(exchange, response)
         if exchange.has_body(response.status):
-            async for data in response.iter_chunks():
+            async for data in response.pieces():
                 if held and gone is None:
                     try:
                         await exchange.write(held)

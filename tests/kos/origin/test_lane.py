@@ -153,7 +153,7 @@ async def test_answers_are_left_as_they_are(lane: OriginLane, origin: FakeOrigin
 async def test_bodies_come_in_pieces_or_whole_and_bounded(lane: OriginLane, origin: FakeOrigin, big: bytes) -> None:
     origin.put("b", "k", big)
     async with await lane.request("GET", "b", "k") as response:
-        assert b"".join([piece async for piece in response.iter_chunks()]) == big
+        assert b"".join([piece async for piece in response.pieces()]) == big
     assert origin.connections == 1
     with pytest.raises(OriginBroken, match="longer than 1000 bytes"):
         async with await lane.request("GET", "b", "k") as response:

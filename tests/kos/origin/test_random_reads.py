@@ -53,7 +53,7 @@ async def read_somehow(lane: OriginLane, chance: random.Random, body: bytes, sum
                 if not taking.cancelled():
                     taking.result()
             elif way == "iter":
-                assert b"".join([piece async for piece in response.iter_chunks()]) == wanted
+                assert b"".join([piece async for piece in response.pieces()]) == wanted
             elif way == "read":
                 assert await response.read(len(wanted)) == wanted
             sums.whole += sink.at == len(wanted)
