@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from typing import Final
 
 from kos.clock import Clock
 from kos.config import Config
-from kos.errors import ConfigError
+from kos.errors import ConfigError, S3Error
 from kos.rules import Rules
-from kos.tasks import Tasks, TasksClosed
+from kos.tasks import Tasks
 from koscache import ipc
 from koscache.carrier.blocks import Blocks
 from koscache.carrier.body import Body
@@ -39,6 +40,9 @@ _log: Final = logging.getLogger("koscache.carrier")
 #: Touches are told so often; more than so many blocks in between are not remembered (they are a hint, not a record).
 _TOUCH_EVERY_S: Final = 1.0
 _TOUCHES_MAX: Final = 8192
+#: Writes of unknown end that are remembered until they must have ended; 65 536 x 200 bytes. Only an origin that fails for
+#: long makes so many; then the oldest counts as ended.
+_UNSETTLED_MAX: Final = 65_536
 #: Blocks that are looked up at once: 256 x 5 µs. With blocks of 8 MiB an object of 2 GiB.
 _RUN_MAX: Final = 256
 #: All fill buffers of a worker together. One is enough for a fill, and fills wait for each other's.
@@ -80,6 +84,8 @@ class Carrier:
         self._opener = Opener(self._context, self._blocks)
         self._touches: dict[tuple[bytes, int], None] = {}
         self._tokens = count(1)
+        #: writes that the origin may still carry out: until when (monotonic seconds), token, fence slots
+        self._unsettled: deque[tuple[float, int, list[int]]] = deque()
         self._indexed = False
 
     async def start(self) -> None:
@@ -232,17 +238,25 @@ class Carrier:
         try:
             yield
             ended = True
+        except S3Error as refused:
+            # What kos itself refused (a checksum, a length) never was a whole request for the origin.
+            ended = refused.status < 500
+            raise
         finally:
             self._bump(slots)
             if ended:
                 self._link.tell(ipc.WriteEnd(token))
             else:
                 # Should this worker die before that, the daemon does it: it has not heard the end of the write.
-                with contextlib.suppress(TasksClosed):
-                    self._tasks.spawn(self._bump_later(token, slots), "fence")
+                self._unsettled.append(
+                    (self._clock.monotonic() + self._context.config.origin.request_timeout_s, token, slots)
+                )
+                if len(self._unsettled) > _UNSETTLED_MAX:
+                    self._settle()
 
-    async def _bump_later(self, token: int, slots: list[int]) -> None:
-        await self._clock.sleep(self._context.config.origin.request_timeout_s)
+    def _settle(self) -> None:
+        """Passes the fence for the oldest write whose end is unknown, and tells the daemon that it has ended."""
+        _, token, slots = self._unsettled.popleft()
         self._bump(slots)
         self._link.tell(ipc.WriteEnd(token))
 
@@ -270,6 +284,8 @@ class Carrier:
     async def _report(self) -> None:
         while True:
             await self._clock.sleep(_TOUCH_EVERY_S)
+            while self._unsettled and self._unsettled[0][0] <= self._clock.monotonic():
+                self._settle()
             if self._touches:
                 touches, self._touches = self._touches, {}
                 self._link.tell(ipc.Touches(list(touches)))

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+import pytest
+
+from kos.errors import OriginUnavailable, S3Error
 from koscache.carrier import Carrier, Freshness, Sight
 from tests.conditions import until
 from tests.fakes.cache_node import CacheNode
@@ -77,3 +80,29 @@ async def test_it_goes_on_while_the_daemon_is_away_and_ends_with_a_new_index(tmp
         await node.start_daemon()
         await until(lambda: carrier.caching)
         assert again(node, carrier, now) is None
+
+
+async def test_a_write_of_unknown_end_is_fenced_once_more_and_only_such_a_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("koscache.carrier.carrier._UNSETTLED_MAX", 3)
+    async with CacheNode(tmp_path, workers=1) as node:
+        carrier = node.workers[0].carrier
+        fence = carrier._reader.fence
+
+        async def fail(error: Exception) -> int:
+            with pytest.raises(type(error)):
+                async with carrier.writing("b", ["k"]):
+                    raise error
+            return fence.value_of("b", "k")
+
+        await fail(S3Error("BadDigest"))
+        assert not carrier._unsettled, "it never was a whole request for the origin"
+        passed = {await fail(OriginUnavailable("lost")) for _ in range(3)}
+        assert len(passed) == 3 and len(carrier._unsettled) == 3
+        await fail(OriginUnavailable("lost"))
+        assert len(carrier._unsettled) == 3, "bounded: the oldest counts as ended"
+        before = fence.value_of("b", "k")
+        carrier._settle()
+        assert fence.value_of("b", "k") != before
+        assert len(carrier._unsettled) == 2
