@@ -10,6 +10,7 @@ answer's connection is given back here or handed on in the Answer's ticket.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from kos import metrics
 from kos.errors import OriginBroken, OriginUnavailable
@@ -20,6 +21,10 @@ from koscache.carrier.first import First, Judged, Kind, Verdict, after_416, judg
 from koscache.carrier.ticket import Ticket
 from koscache.content import Record, block_length, make_record
 from koscache.ipc import OpenOutcome, Refusal
+
+
+#: S3's names of the requests, for the metrics
+_OPERATIONS: Final = {"GET": "GetObject", "HEAD": "HeadObject"}
 
 
 @dataclass(slots=True)
@@ -56,7 +61,9 @@ async def ask_origin(
         requests += 1
         validated_at = context.clock.now()
         try:
-            response = await context.origin.request(asking.method, bucket, key, headers=asking.headers(), retry=True)
+            response = await context.origin.request(
+                asking.method, bucket, key, headers=asking.headers(), retry=True, operation=_OPERATIONS[asking.method]
+            )
         except OriginUnavailable as error:
             return _unavailable(error, requests)
         except OriginBroken as error:

@@ -39,6 +39,7 @@ class Origin(Protocol):
         *,
         headers: Sequence[tuple[str, str]] = (),
         retry: bool = False,
+        operation: str | None = None,
     ) -> OriginResponse: ...
 
 
