@@ -22,7 +22,6 @@ from koscache.carrier.ticket import Ticket
 from koscache.content import Record, block_length, make_record
 from koscache.ipc import OpenOutcome, Refusal
 
-
 #: S3's names of the requests, for the metrics
 _OPERATIONS: Final = {"GET": "GetObject", "HEAD": "HeadObject"}
 
