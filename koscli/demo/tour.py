@@ -57,7 +57,7 @@ class Tour:
             region_name="us-east-1",
             aws_access_key_id=stage.access_key,
             aws_secret_access_key=stage.secret_key,
-            config=Config(max_pool_connections=32, retries={"max_attempts": 2}, s3={"addressing_style": "path"}),
+            config=Config(max_pool_connections=32, retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
         )
 
     def steps(self) -> Iterator[Step]:
