@@ -30,8 +30,9 @@ from kosproxy.parts import Parts
 from kosproxy.render import cache_note
 from kosproxy.server import Connection
 
-#: Presigned heads that are remembered parsed, and the longest of them: usually 4 KiB each with all that hangs on them,
-#: at most 8192 x 16 KiB for a client that sets out to fill them.
+#: Presigned heads that are remembered parsed, and the longest of them. Only heads with a right signature are kept: a client
+#: with credentials that sets out to fill them makes a worker keep 8192 x 2 KiB of heads and a few times that of what was
+#: read from them.
 _KNOWN_MAX: Final = 8192
 _KNOWN_HEAD_BYTES: Final = 2048
 #: Up to here one copy through this process costs less than setting up a sendfile.

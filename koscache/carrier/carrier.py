@@ -43,7 +43,7 @@ _TOUCHES_MAX: Final = 8192
 #: Writes of unknown end that are remembered until they must have ended; 65 536 x 200 bytes. Only an origin that fails for
 #: long makes so many; then the oldest counts as ended.
 _UNSETTLED_MAX: Final = 65_536
-#: Blocks that are looked up at once: 256 x 5 µs. With blocks of 8 MiB an object of 2 GiB.
+#: Blocks that are looked up at once, the loop standing still: with blocks of 8 MiB an object of 2 GiB.
 _RUN_MAX: Final = 256
 #: All fill buffers of a worker together. One is enough for a fill, and fills wait for each other's.
 _BUFFERS_BYTES: Final = 32 * 1024 * 1024
@@ -126,7 +126,7 @@ class Carrier:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def peek(self, bucket: str, key: str, now: float | None = None) -> Peek:
-        """What the index says of the key now (epoch seconds). No await; about 2 µs while the index rests."""
+        """What the index says of the key now (epoch seconds). No await; cheapest while the index rests."""
         reader = self._reader
         rule = self._rules.match(bucket, key)
         found = reader.first(bucket, key)
@@ -161,7 +161,7 @@ class Carrier:
         return Sight(found, location, record.fence, valid_from, record.validated_at + fresh_s, start, stop)
 
     def still(self, sight: Sight, now: float) -> bool:
-        """Whether the slice may be served again from where it was. now: epoch seconds. No await; about 1 µs.
+        """Whether the slice may be served again from where it was. now: epoch seconds. No await.
 
         It is the same decision as peek() and piece() make, for as long as the index rests: fresh by time, not fenced, the
         same place. It holds until the next await; then look again.
