@@ -112,14 +112,17 @@ def moto_origin(directory: Path) -> Iterator[str]:
         yield url
 
 
-def client(url: str, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY, **settings: Any) -> Any:
-    """A boto3 S3 client, path style, one try."""
+def client(
+    url: str, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY, verify: str | None = None, **settings: Any
+) -> Any:
+    """A boto3 S3 client, path style, one try. verify: file of the authority to trust over https."""
     return boto3.client(
         "s3",
         endpoint_url=url,
         region_name="us-east-1",
         aws_access_key_id=access_key,
         aws_secret_access_key=secret_key,
+        verify=verify,
         config=Config(**{"s3": {"addressing_style": "path"}, "retries": {"total_max_attempts": 1}, **settings}),
     )
 
