@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from enum import Enum
 from functools import cached_property
 from hashlib import blake2b
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
@@ -30,8 +30,36 @@ def content_id(bucket: str, key: str, etag: str, size: int) -> bytes:
     BLAKE2b, not xxh3: keys and ETags are chosen by clients, and a collision that somebody can construct would be
     another object's bytes under right headers. It is computed once per record (Record.content), not per request.
     """
-    name = b"\0".join((_utf8(bucket), _utf8(key), _utf8(etag), b"%d" % size))
-    return blake2b(name, digest_size=CONTENT_BYTES).digest()
+    parts = b"\0".join((_utf8(bucket), _utf8(key), _utf8(etag), b"%d" % size))
+    return blake2b(parts, digest_size=CONTENT_BYTES).digest()
+
+
+#: What begins the name of a version. Keys of clients that begin with it are never cached (kos.s3.operation).
+VERSION_MARK: Final = "\0"
+#: The version that a bucket without versions has, and that a write to one whose versions are suspended replaces.
+NULL_VERSION: Final = "null"
+
+
+def version_name(key: str, version_id: str) -> str:
+    """What stands for the key of one version of an object wherever records are kept and asked for.
+
+    Such a name begins with VERSION_MARK; version ids hold none, so split_name() gives back what it was made of.
+    """
+    assert version_id and VERSION_MARK not in version_id, "not a version id"
+    return f"{VERSION_MARK}{version_id}{VERSION_MARK}{key}"
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """(key, version id) of a name; (name, None) of the key of a current object."""
+    if not name.startswith(VERSION_MARK):
+        return name, None
+    version_id, _, key = name[1:].partition(VERSION_MARK)
+    return key, version_id
+
+
+def is_immutable(name: str) -> bool:
+    """Whether it names a version that nothing but a write through versions_slot_hash() can change or remove."""
+    return name.startswith(VERSION_MARK) and split_name(name)[1] != NULL_VERSION
 
 
 def object_name(bucket: str, key: str) -> bytes:
@@ -46,9 +74,23 @@ def object_hash(bucket: str, key: str) -> bytes:
     return xxh3_128_digest(object_name(bucket, key))
 
 
-def object_slot_hash(bucket: str, key: str) -> int:
-    """64 bits, of which the fence takes the low ones."""
-    return xxh3_64_intdigest(object_name(bucket, key))
+def object_slot_hash(bucket: str, name: str) -> int:
+    """64 bits, of which the fence takes the low ones. name: a key, or a version_name().
+
+    The null version has the slot of the current object, because a plain write may replace it; all other versions of a
+    key share versions_slot_hash(), which plain writes leave alone.
+    """
+    if name.startswith(VERSION_MARK):
+        key, version_id = split_name(name)
+        if version_id != NULL_VERSION:
+            return versions_slot_hash(bucket, key)
+        name = key
+    return xxh3_64_intdigest(object_name(bucket, name))
+
+
+def versions_slot_hash(bucket: str, key: str) -> int:
+    """The slot of all versions of a key but the null version."""
+    return xxh3_64_intdigest(object_name(bucket, f"{VERSION_MARK}{VERSION_MARK}{key}"))
 
 
 def body_checksum(body: bytes | bytearray | memoryview) -> int:
@@ -135,8 +177,8 @@ def storable(meta: ObjectMeta) -> bool:
 
 
 def make_record(bucket: str, key: str, meta: ObjectMeta, *, validated_at: float, fence: int, epoch: int = 0) -> Record:
-    """The record of an origin answer that is storable(). See Record for when validated_at and fence must have been
-    read."""
+    """The record of an origin answer that is storable(). key: or a version_name(); versions of the same bytes share their
+    blocks. See Record for when validated_at and fence must have been read."""
     return Record(
         etag=meta.etag,
         size=meta.size,
@@ -144,7 +186,7 @@ def make_record(bucket: str, key: str, meta: ObjectMeta, *, validated_at: float,
         headers=meta.headers,
         checksums=meta.checksums,
         checksums_known=meta.checksums_known,
-        content=content_id(bucket, key, meta.etag, meta.size),
+        content=content_id(bucket, split_name(key)[0], meta.etag, meta.size),
         validated_at=validated_at,
         fence=fence,
         epoch=epoch,

@@ -26,7 +26,7 @@ from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
-from koscache.content import object_slot_hash
+from koscache.content import object_slot_hash, versions_slot_hash
 
 SLOTS: Final = 1 << 20
 _MASK: Final = SLOTS - 1
@@ -81,8 +81,13 @@ class Fence:
         return _mapped(cls, fd, path, created=created)
 
     def slot(self, bucket: str, key: str) -> int:
-        """Which slot an object has. Two objects may share one: a bump then costs the other a revalidation."""
+        """Which slot an object, or a version by its name, has. Two objects may share one: a bump then costs the other a
+        revalidation."""
         return object_slot_hash(bucket, key) & _MASK
+
+    def versions_slot(self, bucket: str, key: str) -> int:
+        """Which slot all versions of a key but the null version have: for writes that may change or remove such ones."""
+        return versions_slot_hash(bucket, key) & _MASK
 
     def value(self, slot: int) -> int:
         """The slot's present value. Read it before the origin request whose answer it will vouch for."""

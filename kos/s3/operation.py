@@ -96,7 +96,8 @@ class Operation(NamedTuple):
 
     params: the query, decoded, without authentication; of a repeated parameter the first. subresource: the parameter
     that named the operation. forgets: keys of bucket that a WRITE changes. bypass_reason: why a read is not for the
-    cache.
+    cache. changes_versions: the WRITE may change or remove versions of these keys that are not the current object, or
+    what GetObject shows of them.
     """
 
     op: Op
@@ -107,6 +108,7 @@ class Operation(NamedTuple):
     subresource: str | None = None
     forgets: tuple[str, ...] = ()
     bypass_reason: str | None = None
+    changes_versions: bool = False
 
 
 _READ, _WRITE, _FORWARD = Handling.READ, Handling.WRITE, Handling.FORWARD
@@ -150,6 +152,10 @@ _OBJECT: Final[_Table] = {
 #: Unknown (S3 refuses it), never a plain PUT or DELETE.
 _OBJECT_NAMES: Final = frozenset(name for table in _OBJECT.values() for name, _, _ in table) | {"partNumber"}
 _UPLOAD_NAMES: Final = frozenset({"uploadId", "partNumber"})
+
+#: Writes that, unless they name a version, make a new version, or a mark that the object is gone, and leave all others
+#: as they are. Every other one may concern versions too: tags of the current object are also those of its version.
+_OF_CURRENT: Final = frozenset({Op.PutObject, Op.CopyObject, Op.CompleteMultipartUpload, Op.DeleteObject})
 
 #: Sub-resources of a bucket that are operations of a name of their own.
 _BUCKET: Final[_Table] = {
@@ -271,14 +277,16 @@ def _object_change(method: str, bucket: str | None, key: str, params: Mapping[st
             forgets: tuple[str, ...] = (key,) if handling is _WRITE else ()
             if op is Op.RenameObject:
                 forgets += _rename_sources(bucket, headers.get("x-amz-rename-source", ""))
-            return Operation(op, handling, bucket, key, params, name, forgets)
+            versions = handling is _WRITE and (op not in _OF_CURRENT or "versionId" in params)
+            return Operation(op, handling, bucket, key, params, name, forgets, None, versions)
     plain = Op.Unknown
     if not named:
         if method == "PUT":
             plain = Op.CopyObject if copies else Op.PutObject
         elif method == "DELETE":
             plain = Op.DeleteObject
-    return Operation(plain, _WRITE, bucket, key, params, None, (key,))
+    versions = plain not in _OF_CURRENT or "versionId" in params
+    return Operation(plain, _WRITE, bucket, key, params, None, (key,), None, versions)
 
 
 def _rename_sources(bucket: str | None, header: str) -> tuple[str, ...]:

@@ -20,7 +20,11 @@ The order of a read:
 
 The order of a write:
 
-    async with carrier.writing(bucket, keys): ... the origin request, until its answer is here ...
+    async with carrier.writing(bucket, keys, versions=keys_whose_versions_it_may_change):
+        ... the origin request, until its answer is here ...
+
+A key is everywhere here the name of an object: a client's key for the current one, koscache.content.version_name() for
+a version.
 """
 
 from koscache.carrier.body import Body

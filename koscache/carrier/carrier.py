@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -224,13 +224,19 @@ class Carrier:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def writing(self, bucket: str, keys: Sequence[str]) -> AsyncIterator[None]:
+    async def writing(self, bucket: str, keys: Sequence[str], *, versions: Collection[str] = ()) -> AsyncIterator[None]:
         """Around the origin request of a write, from before it until its answer is here.
 
-        Afterwards no record of these keys that was validated before counts, in any worker. When it is left by an exception
+        keys: whose current object (and null version) the write may change. versions: those keys of which it may change or
+        remove other versions as well: deleting a version, and whatever changes what a version shows beside its bytes.
+
+        Afterwards no record of these that was validated before counts, in any worker. When it is left by an exception
         or cancellation the origin may still carry the write out, so the fence is passed once more when it must have ended.
         """
-        slots = sorted({self._reader.fence.slot(bucket, key) for key in keys})
+        fence = self._reader.fence
+        slots = sorted(
+            {fence.slot(bucket, key) for key in keys} | {fence.versions_slot(bucket, key) for key in versions}
+        )
         token = next(self._tokens)
         self._bump(slots)
         self._link.tell(ipc.WriteBegin(token, slots))

@@ -26,11 +26,11 @@ async def write(exchange: Exchange, operation: Operation, identity: Identity) ->
     """
     assert operation.bucket is not None
     inbound = Inbound(exchange, operation, identity)
-    keys, request = await _prepare(exchange, operation, identity, inbound)
+    keys, versions, request = await _prepare(exchange, operation, identity, inbound)
     held = b""
     gone: ConnectionError | None = None
     async with (
-        exchange.parts.carrier.writing(operation.bucket, keys),
+        exchange.parts.carrier.writing(operation.bucket, keys, versions=versions),
         await ask(exchange, operation, request) as response,
     ):
         relay_head(exchange, response)
@@ -51,11 +51,14 @@ async def write(exchange: Exchange, operation: Operation, identity: Identity) ->
 
 async def _prepare(
     exchange: Exchange, operation: Operation, identity: Identity, inbound: Inbound
-) -> tuple[list[str], Outbound]:
-    """The keys that the write changes, and the request that carries it out."""
+) -> tuple[list[str], list[str], Outbound]:
+    """The keys that the write changes, those of which it may change versions, and the request that carries it out."""
     if operation.op is Op.DeleteObjects:
         body = await inbound.read(xml.DELETE_REQUEST_MAX_BYTES)
         request = xml.parse_delete_request(body)
-        return [item.key for item in request.items], document(exchange.head, identity, inbound, body)
+        versions = [item.key for item in request.items if item.version_id is not None]
+        return [item.key for item in request.items], versions, document(exchange.head, identity, inbound, body)
     trailing = exchange.parts.config.origin.trailing_checksums
-    return list(operation.forgets), await outbound(exchange.head, identity, inbound, trailing_checksums=trailing)
+    keys = list(operation.forgets)
+    question = await outbound(exchange.head, identity, inbound, trailing_checksums=trailing)
+    return keys, keys if operation.changes_versions else [], question

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -63,6 +63,8 @@ class FakeCarrier:
     body_fails: list[tuple[int, Exception]] = field(default_factory=list)
     writes: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     fenced: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    #: for each write, the keys of which it may have changed versions
+    version_writes: list[tuple[str, ...]] = field(default_factory=list)
     caching: bool = True
     reason: str = ""
 
@@ -148,8 +150,9 @@ class FakeCarrier:
         return FakeBody(self, self.objects[opened.bucket, opened.key], start, stop)
 
     @contextlib.asynccontextmanager
-    async def writing(self, bucket: str, keys: Sequence[str]) -> AsyncIterator[None]:
+    async def writing(self, bucket: str, keys: Sequence[str], *, versions: Collection[str] = ()) -> AsyncIterator[None]:
         self.fenced.append((bucket, tuple(keys)))
+        self.version_writes.append(tuple(versions))
         try:
             yield
         finally:

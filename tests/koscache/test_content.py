@@ -12,11 +12,14 @@ from koscache.content import (
     block_count,
     block_length,
     content_id,
+    is_immutable,
     judge,
     make_record,
     object_hash,
     split,
+    split_name,
     storable,
+    version_name,
 )
 
 META = ObjectMeta('"e"', 10, "Mon, 01 Jan 2024 00:00:00 GMT", (("content-type", "x/y"),), (("crc32", "AA=="),), True)
@@ -43,6 +46,22 @@ def test_content_ids_are_equal_only_for_equal_versions(versions: list[tuple[str,
     # S3 allows a NUL in keys and nowhere else among the four parts
     cleaned = [(b.replace("\0", ""), k, e.replace("\0", ""), size) for b, k, e, size in versions]
     assert len({content_id(*each) for each in cleaned}) == len(set(cleaned))
+
+
+@given(st.text(max_size=9), st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, max_size=9))
+def test_a_version_has_a_name_that_gives_key_and_id_back(key: str, version_id: str) -> None:
+    assert split_name(version_name(key, version_id)) == (key, version_id)
+    assert is_immutable(version_name(key, version_id)) is (version_id != "null")
+
+
+def test_a_key_is_its_own_name() -> None:
+    assert split_name("k/\0v\0l") == ("k/\0v\0l", None) and not is_immutable("k/\0v\0l")
+
+
+def test_versions_of_the_same_bytes_share_their_blocks() -> None:
+    current = make_record("b", "k", META, validated_at=1.0, fence=2)
+    version = make_record("b", version_name("k", "v1"), META, validated_at=1.0, fence=2)
+    assert current.content == version.content
 
 
 def test_names_with_surrogates_can_be_hashed() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from koscache.content import version_name
 from koscache.fence import FENCE_BYTES, SLOTS, Fence
 
 
@@ -24,6 +25,14 @@ def test_a_bump_changes_one_slot_to_a_value_never_seen(fence: Fence) -> None:
         assert value != 0
         seen.add(value)
     assert fence.value(slot ^ 1) == neighbour
+
+
+def test_versions_have_a_slot_of_their_own_but_for_the_null_version(fence: Fence) -> None:
+    current, versions = fence.slot("b", "k"), fence.versions_slot("b", "k")
+    assert current != versions
+    assert fence.slot("b", version_name("k", "v1")) == fence.slot("b", version_name("k", "v2")) == versions
+    assert fence.slot("b", version_name("k", "null")) == current
+    assert versions not in (fence.versions_slot("c", "k"), fence.versions_slot("b", "l"))
 
 
 def test_slots_begin_different_and_never_zero(fence: Fence) -> None:

@@ -304,6 +304,15 @@ def test_delete_objects_forgets_each_of_them(setup: Setup) -> None:
     assert ask(setup, signed("POST", "/bucket", (("delete", ""),), {}, UNSIGNED, 4), b"<xx/").code == "MalformedXML"
 
 
+def test_deleting_versions_forgets_versions_and_deleting_objects_does_not(setup: Setup) -> None:
+    body = b"<Delete><Object><Key>a</Key></Object><Object><Key>b</Key><VersionId>v</VersionId></Object></Delete>"
+    headers = {"content-md5": base64.b64encode(hashlib.md5(body).digest()).decode()}
+    ask(setup, signed("POST", "/bucket", (("delete", ""),), headers, UNSIGNED, len(body)), body)
+    ask(setup, signed("DELETE", "/bucket/k"))
+    ask(setup, signed("DELETE", "/bucket/k", (("versionId", "v"),)))
+    assert setup.carrier.version_writes == [("b",), (), ("k",)]
+
+
 def test_a_long_completion_keeps_the_client_waiting_with_blanks_but_ends_after_the_fence(setup: Setup) -> None:
     blanks, document = b" " * 1000, b"<CompleteMultipartUploadResult/>"
     raw = b"HTTP/1.1 200 OK\r\ncontent-type: application/xml\r\nconnection: close\r\n\r\n" + blanks + document

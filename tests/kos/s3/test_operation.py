@@ -122,6 +122,31 @@ def test_what_an_origin_might_read_as_a_write_is_one(line: str) -> None:
     assert (found.handling, found.forgets) == (Handling.WRITE, ("k",))
 
 
+@pytest.mark.parametrize(
+    ("line", "changes"),
+    [
+        ("PUT /bkt/k", False),
+        ("DELETE /bkt/k", False),
+        ("POST /bkt/k?uploadId=u", False),
+        ("DELETE /bkt/k?versionId=v", True),
+        ("DELETE /bkt/k?versionId=", True),
+        ("PUT /bkt/k?versionId=v", True),
+        ("PUT /bkt/k?tagging", True),
+        ("PUT /bkt/k?tagging&versionId=v", True),
+        ("PUT /bkt/k?retention", True),
+        ("PUT /bkt/k?legal-hold", True),
+        ("PUT /bkt/k?encryption", True),
+        ("POST /bkt/k?restore", True),
+        ("DELETE /bkt/k?tagging", True),
+        ("PUT /bkt/k?acl&tagging", True),
+        ("PUT /bkt/k?acl", False),
+        ("GET /bkt/k?versionId=v", False),
+    ],
+)
+def test_which_writes_may_change_other_versions_than_the_current_one(line: str, changes: bool) -> None:
+    assert operation(line).changes_versions is changes
+
+
 @pytest.mark.parametrize("source", ["old%2Fname", "/old/name", "bkt/old/name", "/bkt/old%2Fname"])
 def test_rename_forgets_both_names(source: str) -> None:
     assert {"new", "old/name"} <= set(operation("PUT /bkt/new?renameObject", x_amz_rename_source=source).forgets)
