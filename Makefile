@@ -4,6 +4,7 @@
 #   make demo            two minutes of kos with a real client; stays up until ^C       (CHECK=1: ends, exit status tells)
 #   make test            the tests                                                      (ARGS='-k name', SLOW=1: the slow ones too)
 #   make check           ruff, format, mypy --strict
+#   make fuzz            the parsers, guided by coverage, NAME for one                  (SECONDS=60 each)
 #   make bench           every figure, then the plots                                   (NAME=hot_get for one)
 #   make venv            the environment alone, with everything in it
 #   make clean           remove what make made
@@ -12,12 +13,13 @@ PYTHON ?= python3
 VENV ?= .venv
 NAME ?= all
 ARGS ?=
+SECONDS ?= 60
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check bench image clean
+.PHONY: help venv demo test check fuzz bench image clean
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/stamp
@@ -37,6 +39,11 @@ check: $(STAMP)-check $(STAMP)-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+FUZZED = $(if $(filter all,$(NAME)),$(shell $(BIN)/python -m tests.fuzz.targets),$(NAME))
+
+fuzz: $(STAMP)-fuzz
+	for target in $(FUZZED); do $(BIN)/python -m tests.fuzz.run $$target --seconds $(SECONDS); done
 
 bench: $(STAMP)-bench $(STAMP)-system
 	$(BIN)/python -m bench $(NAME) $(ARGS)
@@ -62,7 +69,7 @@ $(STAMP)-venv:
 	@touch $@
 
 # One pattern for every extra of pyproject.toml: it is read again whenever that file changes.
-$(STAMP)-demo $(STAMP)-test $(STAMP)-check $(STAMP)-bench: $(STAMP)-%: pyproject.toml | $(STAMP)-venv
+$(STAMP)-demo $(STAMP)-test $(STAMP)-check $(STAMP)-bench $(STAMP)-fuzz: $(STAMP)-%: pyproject.toml | $(STAMP)-venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 

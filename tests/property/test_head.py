@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from unittest.mock import Mock
-
 import pytest
-from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import HttpRequestParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kos.s3.head import RequestHead, headers_from_raw, parse_head
+from kos.s3.head import parse_head
+from tests.fuzz.targets import server_head
 
 BASES = [
     b"GET /b/k%20l?x=1&y HTTP/1.1\r\nHost: h:9000\r\nRange: bytes=0-9\r\nUser-Agent: a b\r\n\r\n",
@@ -33,20 +30,6 @@ PIECES = [
     b"\r\nx-a: b",
     b",",
 ]
-
-
-def server_head(raw: bytes) -> RequestHead | None:
-    """What aiohttp's parser makes of a head; None if it refuses it or wants more."""
-    parser = HttpRequestParser(Mock(), Mock(), 2**16, max_line_size=2**16, max_field_size=2**16)
-    try:
-        messages, upgraded, rest = parser.feed_data(raw)
-    except HttpProcessingError:
-        return None
-    if len(messages) != 1 or upgraded or rest:
-        return None
-    message, _ = messages[0]
-    path, _, query = message.path.partition("?")
-    return RequestHead(message.method, path, query, headers_from_raw(message.raw_headers))
 
 
 @settings(max_examples=400)
