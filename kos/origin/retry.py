@@ -121,15 +121,26 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
         return None
 
 
+#: With one of these a write is carried out only if the object, its source or its end is as expected, which the write
+#: itself may change; x-amz-copy-source-if-* are among them because an object may be copied onto itself.
+_CONDITIONS: Final = (
+    "if-match", "if-modified-since", "if-none-match", "if-unmodified-since", "x-amz-copy-source-if-match",
+    "x-amz-copy-source-if-modified-since", "x-amz-copy-source-if-none-match", "x-amz-copy-source-if-unmodified-since",
+    "x-amz-if-match-initiated-time", "x-amz-if-match-last-modified-time", "x-amz-if-match-size",
+    "x-amz-write-offset-bytes",
+)  # fmt: skip
+
+
 def may_repeat(method: str, header_names: Container[str]) -> bool:
     """Whether carrying out a request twice does what carrying it out once does. header_names: any
     container that finds lower-case names.
 
     A conditional write does not: had the first attempt succeeded and its answer been lost, the second would be told
-    that the precondition failed, for an object that it wrote itself.
+    that the precondition failed, for an object that it wrote itself. The client hears of the failure and decides. What
+    no header shows (that an upload can be aborted once only) is the caller's to say, who knows the operation.
     """
     if method not in IDEMPOTENT:
         return False
     if method in ("PUT", "DELETE"):
-        return "if-match" not in header_names and "if-none-match" not in header_names
+        return not any(name in header_names for name in _CONDITIONS)
     return True

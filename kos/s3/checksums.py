@@ -1,14 +1,16 @@
 """What a client promises about a body, and whether the body keeps it.
 
-Owns: x-amz-content-sha256 of a signed body, Content-MD5, the five x-amz-checksum-* in headers and trailers, the length;
+Owns: x-amz-content-sha256 of a signed body, Content-MD5, x-amz-checksum-* in headers and trailers, the length;
 computing them on the way. Does not own: signatures (kos.s3.sigv4, kos.s3.aws_chunked), checksums that the origin tells
 about stored objects (kos.s3.object_response).
 
-Invariant: finish() returns only when every promise was understood, computed over every byte, and kept. A promise that
-cannot be checked is refused, never passed over.
+Invariant: finish() returns only when every promise was understood, computed over every byte, and kept. A trailer that
+cannot be checked is refused. A checksum header of an algorithm that kos does not know is no promise to kos: it goes on
+with the very bytes that it speaks of to the origin, which checks it or says that it cannot.
 
-Sources: https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html, API/API_PutObject.html.
-CRC-32C and CRC-64/NVME come from awscrt (10 GB/s; Python has neither), the others from the standard library.
+Sources: https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html, API/API_PutObject.html,
+API/API_Checksum.html (the algorithms). CRC-32C and CRC-64/NVME come from awscrt (10 GB/s; Python has neither), XXH64,
+XXH3 and XXH128 from xxhash (canonical, so big-endian, form; seed 0), the others from the standard library.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
 
+import xxhash
 from awscrt import checksums as crt
 
 from kos.errors import S3Error
@@ -30,7 +33,18 @@ from kos.s3.sigv4 import Payload
 
 HEADER_PREFIX: Final = "x-amz-checksum-"
 #: Algorithm -> bytes of its value before Base64.
-ALGORITHMS: Final[Mapping[str, int]] = {"crc32": 4, "crc32c": 4, "crc64nvme": 8, "sha1": 20, "sha256": 32}
+ALGORITHMS: Final[Mapping[str, int]] = {
+    "crc32": 4,
+    "crc32c": 4,
+    "crc64nvme": 8,
+    "sha1": 20,
+    "sha256": 32,
+    "sha512": 64,
+    "md5": 16,
+    "xxhash64": 8,
+    "xxhash3": 8,
+    "xxhash128": 16,
+}
 HEADERS: Final[Mapping[str, str]] = {HEADER_PREFIX + algorithm: algorithm for algorithm in ALGORITHMS}
 _TRAILER_FORMS: Final = frozenset({Payload.STREAMING_SIGNED_TRAILER, Payload.STREAMING_UNSIGNED_TRAILER})
 
@@ -63,7 +77,11 @@ _NEW: Final[Mapping[str, Callable[[], _Digest]]] = {
     "crc64nvme": lambda: _Crc(crt.crc64nvme, 8),
     "sha1": lambda: hashlib.sha1(usedforsecurity=False),
     "sha256": hashlib.sha256,
+    "sha512": hashlib.sha512,
     "md5": lambda: hashlib.md5(usedforsecurity=False),
+    "xxhash64": xxhash.xxh64,
+    "xxhash3": xxhash.xxh3_64,
+    "xxhash128": xxhash.xxh3_128,
 }
 
 
@@ -78,7 +96,8 @@ class BodyCheck:
     headers: of the request. payload, payload_sha256: from its Identity (payload_sha256 is hex, for Payload.SIGNED).
     length: bytes that the body must have, decoded; None if not known. also: algorithms to compute beyond what was
     promised, for `computed`. object_checksums: the x-amz-checksum-* headers speak of an object and not of this body
-    (CompleteMultipartUpload, where they may also be composites like "…-3"), so they are left alone.
+    (CompleteMultipartUpload, where they may also be composites like "…-3"), so they are left alone; a trailer speaks of
+    the body that it ends, always.
 
     The constructor raises InvalidRequest (several checksums, an unreadable one, a trailer that is no checksum) and
     InvalidDigest (an unreadable Content-MD5). x-amz-sdk-checksum-algorithm names what is sent anyway: it is ignored.
@@ -106,8 +125,7 @@ class BodyCheck:
         self._promised: bytes | None = None
         #: x-amz-checksum-* name -> Base64 value, for what was promised or asked for by `also`; filled by finish().
         self.computed: dict[str, str] = {}
-        if not object_checksums:
-            self._read_promise(headers, announced_trailers(headers), payload in _TRAILER_FORMS)
+        self._read_promise({} if object_checksums else headers, announced_trailers(headers), payload in _TRAILER_FORMS)
         self._wanted = dict.fromkeys(also)
         if self.algorithm is not None:
             self._wanted[self.algorithm] = None

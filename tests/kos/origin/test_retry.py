@@ -71,3 +71,6 @@ def test_only_what_can_be_done_twice_is_repeated() -> None:
     assert may_repeat("GET", frozenset({"if-none-match"}))
     assert not may_repeat("PUT", frozenset({"if-none-match"}))
     assert not may_repeat("DELETE", frozenset({"if-match"}))
+    assert not may_repeat("DELETE", frozenset({"x-amz-if-match-size"}))
+    assert not may_repeat("PUT", frozenset({"x-amz-copy-source", "x-amz-copy-source-if-unmodified-since"}))
+    assert may_repeat("PUT", frozenset({"x-amz-copy-source", "x-amz-meta-if-match"}))

@@ -6,6 +6,8 @@ import base64
 import hashlib
 
 import pytest
+from awscrt.checksums import XXHash
+from botocore.session import Session
 
 from kos.errors import S3Error
 from kos.s3.checksums import ALGORITHMS, HEADER_PREFIX, BodyCheck, encoded_length
@@ -19,6 +21,12 @@ VALUES = {
     "crc64nvme": base64.b64encode(bytes.fromhex("ae8b14860a799888")).decode(),
     "sha1": base64.b64encode(hashlib.sha1(BODY).digest()).decode(),
     "sha256": base64.b64encode(hashlib.sha256(BODY).digest()).decode(),
+    "sha512": base64.b64encode(hashlib.sha512(BODY).digest()).decode(),
+    "md5": base64.b64encode(hashlib.md5(BODY).digest()).decode(),
+    # From the CRT, the library that AWS's own SDKs compute them with; kos does with another one.
+    "xxhash64": base64.b64encode(XXHash.compute_xxhash64(BODY)).decode(),
+    "xxhash3": base64.b64encode(XXHash.compute_xxhash3_64(BODY)).decode(),
+    "xxhash128": base64.b64encode(XXHash.compute_xxhash3_128(BODY)).decode(),
 }
 MD5 = base64.b64encode(hashlib.md5(BODY).digest()).decode()
 HEX = hashlib.sha256(BODY).hexdigest()
@@ -42,6 +50,17 @@ def error_of(
     with pytest.raises(S3Error) as caught:
         run(BodyCheck(headers, payload, payload_sha256, length), body, trailers)
     return caught.value
+
+
+def test_every_algorithm_that_s3_has_is_known() -> None:
+    model = Session().get_service_model("s3")
+    assert {name.lower() for name in model.shape_for("ChecksumAlgorithm").enum} == ALGORITHMS.keys() == VALUES.keys()
+
+
+def test_an_algorithm_of_tomorrow_is_left_to_the_origin_unless_it_comes_as_a_trailer() -> None:
+    assert run(BodyCheck({"x-amz-checksum-blake3": "AAAA"}, Payload.UNSIGNED, None, None)).computed == {}
+    announced = {"x-amz-trailer": "x-amz-checksum-blake3"}
+    assert error_of(announced, Payload.STREAMING_UNSIGNED_TRAILER).code == "InvalidRequest"
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -109,6 +128,12 @@ def test_headers_about_the_kind_of_checksum_are_no_checksums() -> None:
 def test_checksums_of_an_object_are_not_checked_against_the_list_of_its_parts() -> None:
     headers = {"x-amz-checksum-crc32": "AAAAAA==-3", "x-amz-checksum-sha1": VALUES["sha1"]}
     assert run(BodyCheck(headers, Payload.UNSIGNED, None, None, object_checksums=True)).computed == {}
+    ends = headers | {"x-amz-trailer": "x-amz-checksum-crc32"}
+    form = Payload.STREAMING_UNSIGNED_TRAILER
+    trailers = {"x-amz-checksum-crc32": VALUES["crc32"]}
+    assert run(BodyCheck(ends, form, None, None, object_checksums=True), trailers=trailers).computed == trailers
+    with pytest.raises(S3Error, match="BadDigest"):
+        run(BodyCheck(ends, form, None, None, object_checksums=True), b"other", trailers)
 
 
 def test_content_md5() -> None:
