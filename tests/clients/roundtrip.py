@@ -14,8 +14,8 @@ from typing import Any
 ODD_KEY = "20m +é&=.bin"
 #: The least size of a part that is not the last.
 PART_BYTES = 5 << 20
-#: Two whole parts and a rest.
-MULTIPART_BYTES = 2 * PART_BYTES + 1_000_003
+#: A whole part and a rest.
+MULTIPART_BYTES = PART_BYTES + 1_000_003
 
 
 def random_bytes(size: int, seed: int = 1) -> bytes:
