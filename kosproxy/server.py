@@ -12,7 +12,9 @@ half-parsed head, no unsent byte. So neither lane can ever write into the other'
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import Any, Final, Protocol, cast
@@ -40,6 +42,8 @@ _DISCARD_S: Final = 5.0
 #: Bytes that a client may pipeline behind a response of the fast lane before its connection is not read any more. What
 #: one read brings comes on top: uvloop reads at most 256 KiB at once.
 _HELD_BYTES: Final = 64 * 1024
+#: SO_LINGER on, with no time: closing resets.
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class Sent(StreamResponse):
@@ -186,9 +190,12 @@ class Connection(RequestHandler):
         super().connection_made(transport)
         self._wire = transport
         # Nothing waits in the transport unnoticed: a sender is paused until the kernel has all it was given.
-        transport.set_write_buffer_limits(high=0)
         if transport.get_extra_info("ssl_object") is None:
+            transport.set_write_buffer_limits(high=0)
             self.socket = transport.get_extra_info("socket")
+        else:
+            # The loops' TLS transports take 0 for "paused as long as there are no bytes", too.
+            transport.set_write_buffer_limits(high=1, low=0)
         peer = transport.get_extra_info("peername")
         self.client = str(peer[0]) if peer else ""
 
@@ -328,14 +335,26 @@ class Connection(RequestHandler):
         if self._head_since and now - self._head_since > limits.header_timeout_s:
             self.refuse(S3Error("RequestTimeout"))
         if self._relay is not None and self._relay.busy and now - self._relay.moved_at > limits.send_timeout_s:
-            self.drop()
+            self._give_up()
         if self._waiting_since and self._wire is not None:
             left = self._wire.get_write_buffer_size()
             if left != self._stuck_bytes:
                 self._stuck_bytes = left
                 self._waiting_since = now
             elif now - self._waiting_since > limits.send_timeout_s:
-                self._wire.abort()
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """End the connection of a client that takes nothing: reset, for else the kernel goes on offering it what is in
+        the socket's buffer (some MiB) for many minutes, and the client never hears of the end."""
+        wire = self._wire
+        if wire is None:
+            return
+        end = wire.get_extra_info("socket")
+        if end is not None:
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        wire.abort()
 
     def close_if_idle(self) -> None:
         """While draining: end the connection unless a response is under way."""
