@@ -22,6 +22,7 @@ from kos.config_file import Complaint
 from kos.config_values import (
     ACCESS_KEY,
     ADDRESS,
+    ADDRESS_OR_NONE,
     ALWAYS,
     BOOLEAN,
     CONTROL_URL,
@@ -69,9 +70,17 @@ __all__ = [
 
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True):
-    """Where this node listens: HOST:PORT each; port 0 takes a free one. domain: for virtual-hosted buckets."""
+    """Where this node listens: HOST:PORT each; port 0 takes a free one. domain: for virtual-hosted buckets.
 
-    s3: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9000"
+    s3 is http, s3_tls https; either may be None. The certificate's files are read by kos.tls, not here: they change
+    while the node runs.
+    """
+
+    s3: Annotated[str | None, Key(ADDRESS_OR_NONE)] = "127.0.0.1:9000"
+    s3_tls: Annotated[str | None, Key(ADDRESS_OR_NONE)] = None
+    tls_cert_file: Annotated[str | None, Key(PATH)] = None
+    tls_key_file: Annotated[str | None, Key(PATH)] = None
+    tls_min_version: Annotated[Literal["1.2", "1.3"], Key(choice("1.2", "1.3"))] = "1.2"
     admin: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9001"
     peer: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9002"
     domain: Annotated[str | None, Key(DOMAIN)] = None
@@ -177,6 +186,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     send_timeout_s: Annotated[float, Key(duration(0.1, 3600), "send_timeout")] = 60.0
     drain_s: Annotated[float, Key(duration(0, 3600), "drain")] = 10.0
     relay_buffer_bytes: Annotated[int, Key(size(4 * KIB, 64 * MIB), "relay_buffer")] = 256 * KIB
+    held_bodies_bytes: Annotated[int, Key(size(8 * MIB, 64 * GIB), "held_bodies")] = 64 * MIB
+    completion_wait_s: Annotated[float, Key(duration(0.1, 3600), "completion_wait")] = 10.0
 
 
 class Supervisor(msgspec.Struct, frozen=True, kw_only=True):
@@ -284,8 +295,18 @@ def _check_origin(origin: Origin) -> Iterator[Complaint]:
 
 
 def _check_listen(listen: Listen) -> Iterator[Complaint]:
+    if listen.s3 is None and listen.s3_tls is None:
+        yield Complaint(("listen", "s3"), "none, and no s3_tls", "an address for s3, for s3_tls, or for both")
+    for name, file in (("tls_cert_file", listen.tls_cert_file), ("tls_key_file", listen.tls_key_file)):
+        if listen.s3_tls is not None and file is None:
+            yield Complaint(("listen", name), "nothing, but s3_tls", "the path of a PEM file, for https")
+        elif listen.s3_tls is None and file is not None:
+            yield Complaint(("listen", name), "no s3_tls", "only beside s3_tls, the address for https")
     taken: dict[tuple[str, int], str] = {}
-    for name, address in (("s3", listen.s3), ("admin", listen.admin), ("peer", listen.peer)):
+    all_addresses = (("s3", listen.s3), ("s3_tls", listen.s3_tls), ("admin", listen.admin), ("peer", listen.peer))
+    for name, address in all_addresses:
+        if address is None:
+            continue
         host, port = split_address(address)
         clash = next((other for (h, p), other in taken.items() if p == port and _overlap(h, host)), None)
         if port and clash:

@@ -250,6 +250,11 @@ NAME: Final = Kind("a name of letters, digits, . _ -, at most 63 long", _matchin
 PATH: Final = Kind("an absolute path, e.g. /var/lib/kos", _matching(re.compile(r"/[^\0]*")))
 LOG_TARGET: Final = Kind("off | stdout | an absolute path", _matching(re.compile(r"off|stdout|/[^\0]+")))
 ADDRESS: Final = Kind("HOST:PORT, an IPv6 host in brackets, e.g. 127.0.0.1:9000 or [::1]:9000", _parse_address)
+ADDRESS_OR_NONE: Final = Kind(
+    f"{ADDRESS.allowed}; or none",
+    lambda text: None if text == "none" else _parse_address(text),
+    lambda address: "none" if address is None else str(address),
+)
 ENDPOINT: Final = Kind("http://HOST[:PORT] or https://HOST[:PORT], without a path", _parse_endpoint)
 DOMAIN: Final = Kind("a host name, e.g. s3.example.org", _parse_domain)
 CONTROL_URL: Final = Kind("sqlite:///PATH or postgresql://HOST/NAME", _parse_control_url)

@@ -23,7 +23,7 @@ from typing import Final
 
 import uvloop
 
-from kos import config, log, metrics
+from kos import config, log, metrics, tls
 from kos.clock import Clock
 from kos.config import Config
 from kos.errors import ConfigError
@@ -61,14 +61,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--index", type=int, default=0, help="this worker's number on its node")
     parser.add_argument("--s3", metavar="HOST:PORT", help="where to listen; default: listen.s3")
+    parser.add_argument("--s3-tls", metavar="HOST:PORT", help="where to listen for https; default: listen.s3_tls")
     arguments = parser.parse_args(argv)
     status = ChildStatus.from_env()
     status.starting()
     try:
         settings = config.load(arguments.config)
         log.setup(settings.log.level)
-        listener = listen(arguments.s3 or settings.listen.s3, settings.limits.backlog)
-        uvloop.run(serve(settings, listener, status))
+        addresses = (arguments.s3 or settings.listen.s3, arguments.s3_tls or settings.listen.s3_tls)
+        backlog = settings.limits.backlog
+        http, https = (
+            listen(f"listen.{name}", at, backlog) if at is not None else None
+            for name, at in zip(("s3", "s3_tls"), addresses, strict=True)
+        )
+        certificate = tls.load(settings.listen) if https is not None else None
+        uvloop.run(serve(settings, http, https, certificate, status))
     except ConfigError as error:
         status.failed(str(error))
         print(error, file=sys.stderr)
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def listen(address: str, backlog: int) -> socket.socket:
+def listen(option: str, address: str, backlog: int) -> socket.socket:
     """A listening socket on a port that all workers share. Raises ConfigError if the port is somebody else's."""
     host, port = config.split_address(address)
     try:
@@ -88,14 +95,20 @@ def listen(address: str, backlog: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(where)
     except OSError as error:
-        raise ConfigError(f"listen.s3: {address}: {error.strerror}") from error
+        raise ConfigError(f"{option}: {address}: {error.strerror}") from error
     listener.listen(backlog)
     listener.setblocking(False)
     return listener
 
 
-async def serve(settings: Config, listener: socket.socket, status: ChildStatus) -> None:
-    """Answer requests on listener until SIGTERM or SIGINT, then drain."""
+async def serve(
+    settings: Config,
+    http: socket.socket | None,
+    https: socket.socket | None,
+    certificate: tls.Loaded | None,
+    status: ChildStatus,
+) -> None:
+    """Answer requests on the listening sockets until SIGTERM or SIGINT, then drain."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -103,7 +116,19 @@ async def serve(settings: Config, listener: socket.socket, status: ChildStatus) 
     async with parts_of(settings) as parts:
         loop.add_signal_handler(signal.SIGHUP, parts.access_log.reopen)
         edge = Edge(Pipeline(parts), settings.limits, parts.threads, turned_away())
-        server = await loop.create_server(edge, sock=listener, backlog=settings.limits.backlog)
+        servers = []
+        if http is not None:
+            servers.append(await loop.create_server(edge, sock=http, backlog=settings.limits.backlog))
+        if https is not None and certificate is not None:
+            servers.append(
+                await loop.create_server(
+                    edge,
+                    sock=https,
+                    backlog=settings.limits.backlog,
+                    ssl=certificate.context,
+                    ssl_handshake_timeout=settings.limits.header_timeout_s,
+                )
+            )
         # What lives now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
@@ -112,7 +137,8 @@ async def serve(settings: Config, listener: socket.socket, status: ChildStatus) 
         await stop.wait()
         telling.cancel()
         status.draining()
-        server.close()
+        for server in servers:
+            server.close()
         await edge.drain(settings.limits.drain_s)
 
 

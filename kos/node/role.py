@@ -19,13 +19,13 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import kos
-from kos import config, log, metrics
+from kos import config, log, metrics, tls
 from kos.clock import Clock
 from kos.config import Config
 from kos.errors import ConfigError
@@ -43,7 +43,8 @@ _log: Final = logging.getLogger("kos.node")
 class Role:
     """What to run. Commands come without arguments.
 
-    daemon: gets `--config FILE`. worker: gets `--config FILE --index I --s3 HOST:PORT`, and is run `workers` times.
+    daemon: gets `--config FILE`. worker: gets `--config FILE --index I --s3 HOST:PORT --s3-tls HOST:PORT`, of the
+    last two those that the configuration has, and is run `workers` times.
     explain: makes the answerer of /v1/explain from the configuration.
     """
 
@@ -58,7 +59,23 @@ class _Ports:
     """Sockets of this process, and addresses as they came out."""
 
     s3: tuple[socket.socket, str] | None
+    s3_tls: tuple[socket.socket, str] | None
     admin: tuple[socket.socket, str]
+
+    def addresses(self) -> dict[str, str]:
+        """Name to HOST:PORT of what is listened on."""
+        taken = {"s3": self.s3, "s3_tls": self.s3_tls, "admin": self.admin}
+        return {name: port[1] for name, port in taken.items() if port is not None}
+
+    def urls(self) -> dict[str, str]:
+        """The same as URLs."""
+        schemes = {"s3_tls": "https"}
+        return {name: f"{schemes.get(name, 'http')}://{at}" for name, at in self.addresses().items()}
+
+    def close(self) -> None:
+        for port in (self.s3, self.s3_tls, self.admin):
+            if port is not None:
+                port[0].close()
 
 
 def run_role(config_path: str, role: Role) -> int:
@@ -67,6 +84,8 @@ def run_role(config_path: str, role: Role) -> int:
         settings = config.load(config_path)
         log.setup(settings.log.level, role.name)
         raise_nofile()
+        if role.worker is not None and settings.listen.s3_tls is not None:
+            tls.load(settings.listen)  # every worker does: said here it is said once, and before anything has started
         taken = _take_ports(settings, role)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -76,9 +95,7 @@ def run_role(config_path: str, role: Role) -> int:
         return asyncio.run(_run(os.path.abspath(config_path), settings, role, taken, metrics_dir))
     finally:
         shutil.rmtree(metrics_dir, ignore_errors=True)
-        for taken_port in (taken.s3, taken.admin):
-            if taken_port is not None:
-                taken_port[0].close()
+        taken.close()
 
 
 def raise_nofile() -> int:
@@ -94,9 +111,12 @@ def raise_nofile() -> int:
 
 
 def children_of(
-    config_path: str, settings: Config, role: Role, s3_address: str | None, metrics_dir: Path
+    config_path: str, settings: Config, role: Role, addresses: Mapping[str, str], metrics_dir: Path
 ) -> list[ChildSpec]:
-    """The child processes of a role. Workers stop first, so that what they finish still finds its daemon."""
+    """The child processes of a role. Workers stop first, so that what they finish still finds its daemon.
+
+    addresses: s3, s3_tls: where workers listen, with real ports.
+    """
 
     def env(name: str) -> dict[str, str]:
         return {metrics.MULTIPROC_DIR: str(metrics_dir), metrics.PROCESS: name}
@@ -113,11 +133,13 @@ def children_of(
                 stop_s=settings.supervisor.stop_timeout_s,
             )
         )
-    if role.worker is not None and s3_address is not None:
+    where = [("--s3", addresses.get("s3")), ("--s3-tls", addresses.get("s3_tls"))]
+    listening = [word for option, address in where if address is not None for word in (option, address)]
+    if role.worker is not None and listening:
         specs.extend(
             ChildSpec(
                 name=f"worker-{index}",
-                argv=(*role.worker, "--config", config_path, "--index", str(index), "--s3", s3_address),
+                argv=(*role.worker, "--config", config_path, "--index", str(index), *listening),
                 env=env(f"worker-{index}"),
                 stop_s=settings.limits.drain_s + DRAIN_GRACE_S,
                 forward_hangup=True,
@@ -128,29 +150,43 @@ def children_of(
 
 
 def _take_ports(settings: Config, role: Role) -> _Ports:
-    s3 = ports.reserve("listen.s3", settings.listen.s3) if role.worker is not None else None
-    try:
-        return _Ports(s3, ports.listen("listen.admin", settings.listen.admin))
-    except ConfigError:
-        if s3 is not None:
-            s3[0].close()
-        raise
+    listen = settings.listen
+    with contextlib.ExitStack() as stack:
+
+        def reserve(option: str, address: str | None) -> tuple[socket.socket, str] | None:
+            if role.worker is None or address is None:
+                return None
+            taken = ports.reserve(option, address)
+            stack.callback(taken[0].close)
+            return taken
+
+        taken = _Ports(
+            s3=reserve("listen.s3", listen.s3),
+            s3_tls=reserve("listen.s3_tls", listen.s3_tls),
+            admin=ports.listen("listen.admin", listen.admin),
+        )
+        stack.pop_all()
+        return taken
 
 
 async def _run(config_path: str, settings: Config, role: Role, taken: _Ports, metrics_dir: Path) -> int:
-    s3_address = taken.s3[1] if taken.s3 is not None else None
-    ready = f"kos ready{f' s3=http://{s3_address}' if s3_address else ''} admin=http://{taken.admin[1]}"
+    ready = "kos ready " + " ".join(f"{name}={url}" for name, url in taken.urls().items())
     supervisor = Supervisor(
-        children_of(config_path, settings, role, s3_address, metrics_dir),
+        children_of(config_path, settings, role, taken.addresses(), metrics_dir),
         settings.supervisor,
         Clock(),
         on_ready=lambda: _say(ready),
         on_exit=lambda name: forget_process(name, metrics_dir),
     )
     node = {"role": role.name, "version": kos.__version__, "region": settings.region, "pid": os.getpid()}
-    addresses = {"s3": s3_address, "admin": taken.admin[1]}
     explain = role.explain(settings) if role.explain is not None else None
-    admin = Admin(supervisor, settings.supervisor, metrics_dir, explain, {**node, "listen": addresses})
+    admin = Admin(
+        supervisor,
+        settings.supervisor,
+        metrics_dir,
+        explain,
+        {**node, "listen": taken.addresses(), "urls": taken.urls()},
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop)

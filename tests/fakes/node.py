@@ -22,6 +22,7 @@ from botocore.config import Config
 
 from koscli.demo.processes import answers, free_ports, running, saw_line, tail
 from tests.conditions import eventually
+from tests.fakes import certificates
 
 ACCESS_KEY = "kostestkey"
 SECRET_KEY = "kos/test+secret"
@@ -32,12 +33,16 @@ class Node:
     """One node. `overrides` are merged into the configuration, mapping by mapping."""
 
     def __init__(self, directory: Path, origin_url: str, overrides: dict[str, Any] | None = None) -> None:
-        s3, admin, peer = free_ports(3)
+        s3, s3_tls, admin, peer = free_ports(4)
         self.directory = directory
-        self.config = _merge(_configuration(directory, origin_url, s3, admin, peer), overrides or {})
+        self.config = _merge(_configuration(directory, origin_url, s3, s3_tls, admin, peer), overrides or {})
         self.config_path = directory / "kos.yaml"
         self.s3_url = f"http://127.0.0.1:{s3}"
         self.s3_port = s3
+        self.s3_tls_url = f"https://127.0.0.1:{s3_tls}"
+        self.s3_tls_port = s3_tls
+        #: the authority that signed the node's certificate, in PEM
+        self.ca_file = certificates.ca_file()
         self.admin_url = f"http://127.0.0.1:{admin}"
         self.log_path = directory / "node.log"
         self._stack = contextlib.ExitStack()
@@ -132,10 +137,18 @@ def phase(answer: dict[str, Any]) -> str:
     return str(answer["ResponseMetadata"]["HTTPHeaders"].get("x-kos-cache", "none")).partition(";")[0]
 
 
-def _configuration(directory: Path, origin_url: str, s3: int, admin: int, peer: int) -> dict[str, Any]:
+def _configuration(directory: Path, origin_url: str, s3: int, s3_tls: int, admin: int, peer: int) -> dict[str, Any]:
+    pair = certificates.server()
     return {
         "region": "test",
-        "listen": {"s3": f"127.0.0.1:{s3}", "admin": f"127.0.0.1:{admin}", "peer": f"127.0.0.1:{peer}"},
+        "listen": {
+            "s3": f"127.0.0.1:{s3}",
+            "s3_tls": f"127.0.0.1:{s3_tls}",
+            "tls_cert_file": str(pair.cert_file),
+            "tls_key_file": str(pair.key_file),
+            "admin": f"127.0.0.1:{admin}",
+            "peer": f"127.0.0.1:{peer}",
+        },
         "workers": 2,
         "origin": {
             "endpoint": origin_url,

@@ -112,7 +112,8 @@ def test_status_for_people() -> None:
             "version": "1",
             "ready": False,
             "state": "starting",
-            "listen": {"s3": "127.0.0.1:9000", "peer": None},
+            "listen": {"s3": "127.0.0.1:9000", "s3_tls": "127.0.0.1:9443"},
+            "urls": {"s3": "http://127.0.0.1:9000", "s3_tls": "https://127.0.0.1:9443"},
             "parts": [part],
             "caching": "off",
             "caching_off_reasons": ["daemon: disk full"],
@@ -121,6 +122,7 @@ def test_status_for_people() -> None:
     assert text.splitlines() == [
         "node of region r, kos 1: not ready (starting)",
         "  s3        http://127.0.0.1:9000",
+        "  s3_tls    https://127.0.0.1:9443",
         "  worker-0  dead, not running, 2 restarts: killed by SIGKILL",
         "  caching   off; daemon: disk full",
     ]

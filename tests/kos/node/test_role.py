@@ -183,8 +183,8 @@ def test_roles_alone(config_path: Path) -> None:
     settings = config.load(config_path)
     metrics_dir = Path("/m")
     alone = Role("cache", daemon=("d",))
-    assert [spec.name for spec in children_of("c", settings, alone, None, metrics_dir)] == ["daemon"]
-    proxy = children_of("c", settings, Role("proxy", worker=("w",)), "h:1", metrics_dir)
+    assert [spec.name for spec in children_of("c", settings, alone, {}, metrics_dir)] == ["daemon"]
+    proxy = children_of("c", settings, Role("proxy", worker=("w",)), {"s3": "h:1"}, metrics_dir)
     assert [spec.name for spec in proxy] == ["worker-0", "worker-1"]
     assert proxy[1].argv == ("w", "--config", "c", "--index", "1", "--s3", "h:1")
 
