@@ -1,8 +1,9 @@
 """The fence: what makes a write through this node seen by every later read on it, with no daemon and no message.
 
-A file of 2^20 slots of 64 bits that all processes of the node map. A record carries the value that its object's slot
-had *before* the origin was asked for it; a write changes the slot before its origin request and again after the
-answer, before the client is answered. A record whose value is not the slot's present one must be revalidated.
+A file of 2^20 slots of 64 bits for objects, and 2^16 for listings (koscache.directories), that all processes of the node
+map. A record carries the value that its object's slot had *before* the origin was asked for it; a write changes the slot
+before its origin request and again after the answer, before the client is answered. A record whose value is not the
+slot's present one must be revalidated.
 
     reader: v = slot; GET -> old bytes ............................ stores record(v): differs from the slot: fenced
     writer:                 bump; PUT ......... 200; bump; answer
@@ -22,18 +23,24 @@ import os
 import random
 import struct
 import time
+from collections.abc import Iterable
 from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
 from koscache.content import object_slot_hash, versions_slot_hash
+from koscache.directories import bucket_slot_hash, directories, directory, directory_slot_hash
 
 SLOTS: Final = 1 << 20
 _MASK: Final = SLOTS - 1
+#: Apart from the objects' slots: every write below a directory passes that directory's, so that objects which shared a slot
+#: with a busy bucket's "" would never be fresh. 512 KiB; a node has few directories that are written to and listed.
+LISTING_SLOTS: Final = 1 << 16
+_LISTING_MASK: Final = LISTING_SLOTS - 1
 _HEADER_BYTES: Final = 4096
-FENCE_BYTES: Final = _HEADER_BYTES + SLOTS * 8
+FENCE_BYTES: Final = _HEADER_BYTES + (SLOTS + LISTING_SLOTS) * 8
 _MAGIC: Final = b"kosfence"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _HEADER: Final = struct.Struct("<8sII64s")  # magic, version, slots, boot id; then xxh3_64 of it
 _CHECK: Final = struct.Struct("<Q")
 
@@ -89,6 +96,26 @@ class Fence:
         """Which slot all versions of a key but the null version have: for writes that may change or remove such ones."""
         return versions_slot_hash(bucket, key) & _MASK
 
+    def listing_slots(self, bucket: str, prefix: str) -> tuple[int, int]:
+        """The slots that a listing of the prefix depends on: of its bucket, of its directory."""
+        return (
+            SLOTS + (bucket_slot_hash(bucket) & _LISTING_MASK),
+            SLOTS + (directory_slot_hash(bucket, directory(prefix)) & _LISTING_MASK),
+        )
+
+    def listing_values(self, bucket: str, prefix: str) -> tuple[int, int]:
+        """The present values of listing_slots(). Read them before the origin request whose answer they will vouch for."""
+        of_bucket, of_directory = self.listing_slots(bucket, prefix)
+        return self._slots[of_bucket], self._slots[of_directory]
+
+    def directory_slots(self, bucket: str, keys: Iterable[str]) -> set[int]:
+        """The slots of all listings that a write of these keys may change; see koscache.directories."""
+        return {SLOTS + (directory_slot_hash(bucket, home) & _LISTING_MASK) for home in directories(keys)}
+
+    def bucket_slot(self, bucket: str) -> int:
+        """The slot of all listings of a bucket, for writes to the bucket itself."""
+        return SLOTS + (bucket_slot_hash(bucket) & _LISTING_MASK)
+
     def value(self, slot: int) -> int:
         """The slot's present value. Read it before the origin request whose answer it will vouch for."""
         return self._slots[slot]
@@ -105,6 +132,13 @@ class Fence:
         value = time.time_ns() ^ self._random(64) or 1
         self._slots[slot] = value
         return value
+
+    def bump_all(self, slots: Iterable[int]) -> None:
+        """Gives each of the slots a value that it never had. They may get the same one: none is compared with another's."""
+        value = time.time_ns() ^ self._random(64) or 1
+        present = self._slots
+        for slot in slots:
+            present[slot] = value
 
     def current(self) -> bool:
         """Whether the mapped file is still the one at its path; if not, open anew."""
@@ -146,7 +180,7 @@ def _open_valid(path: str, boot_id: str) -> int | None:
 
 def _random_slots() -> bytes:
     while True:
-        slots = os.urandom(SLOTS * 8)
+        slots = os.urandom((SLOTS + LISTING_SLOTS) * 8)
         if bytes(8) not in slots:  # no slot is 0; fails once in 2^41 times
             return slots
 

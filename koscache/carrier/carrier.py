@@ -31,7 +31,7 @@ from koscache.carrier.context import BufferPool, Context, Origin
 from koscache.carrier.link import Link
 from koscache.carrier.open import Opener
 from koscache.carrier.types import FilePiece, Opened, Peek, Sight, Want
-from koscache.content import Freshness, Location, Record, judge
+from koscache.content import VERSION_MARK, Freshness, Location, Record, judge, rule_of
 from koscache.disk import StoreFailed
 from koscache.reader import Reader, SegmentGone
 
@@ -43,6 +43,10 @@ _TOUCHES_MAX: Final = 8192
 #: Writes of unknown end that are remembered until they must have ended; 65 536 x 200 bytes. Only an origin that fails for
 #: long makes so many; then the oldest counts as ended.
 _UNSETTLED_MAX: Final = 65_536
+#: And so many fence slots of theirs (a deletion of 1000 keys in as many deep directories has 34 000): 40 MB of ints.
+_UNSETTLED_SLOTS_MAX: Final = 1_000_000
+#: Fence slots in one message to the daemon: at most 41 KB, below the least that cache.ipc_message may be.
+_SLOTS_A_MESSAGE: Final = 8192
 #: Blocks that are looked up at once, the loop standing still: with blocks of 8 MiB an object of 2 GiB.
 _RUN_MAX: Final = 256
 #: All fill buffers of a worker together. One is enough for a fill, and fills wait for each other's.
@@ -59,6 +63,16 @@ class CarrierStats:
     fills: int
     flights: int
     asking: int
+
+
+@dataclass(slots=True)
+class _Write:
+    """A write under way, or one whose end is unknown. until: monotonic seconds, when it must have ended. tokens: under
+    which the daemon was told of it. slots: of the fence."""
+
+    until: float
+    tokens: list[int]
+    slots: list[int]
 
 
 class Carrier:
@@ -84,8 +98,9 @@ class Carrier:
         self._opener = Opener(self._context, self._blocks)
         self._touches: dict[tuple[bytes, int], None] = {}
         self._tokens = count(1)
-        #: writes that the origin may still carry out: until when (monotonic seconds), token, fence slots
-        self._unsettled: deque[tuple[float, int, list[int]]] = deque()
+        #: writes that the origin may still carry out, the oldest first
+        self._unsettled: deque[_Write] = deque()
+        self._unsettled_slots = 0
         self._indexed = False
 
     async def start(self) -> None:
@@ -128,7 +143,8 @@ class Carrier:
     def peek(self, bucket: str, key: str, now: float | None = None) -> Peek:
         """What the index says of the key now (epoch seconds). No await; cheapest while the index rests."""
         reader = self._reader
-        rule = self._rules.match(bucket, key)
+        # Not rule_of() for what is no version: a plain hit has no call to spare.
+        rule = rule_of(self._rules, bucket, key) if key[:1] == VERSION_MARK else self._rules.match(bucket, key)
         found = reader.first(bucket, key)
         if found is None:
             return Peek(None, Freshness.ABSENT, 0.0, rule, None)
@@ -156,7 +172,7 @@ class Carrier:
         record, location = found.record, found.location
         if not location.verified or stop > location.length or record.fence == 0:
             return None
-        fresh_s = self._rules.match(bucket, key).freshness
+        fresh_s = rule_of(self._rules, bucket, key).freshness
         valid_from = -math.inf if fresh_s == math.inf else record.validated_at
         return Sight(found, location, record.fence, valid_from, record.validated_at + fresh_s, start, stop)
 
@@ -221,25 +237,38 @@ class Carrier:
         """The slice [start, stop) of what was opened. Close it, and then `opened`."""
         return Body(self._context, self._blocks, opened, start, stop, self._touched, self._give_back)
 
+    def listing_values(self, bucket: str, prefix: str) -> tuple[int, int]:
+        """What a page of a listing of the prefix is guarded by: the present values of its two fence slots.
+
+        Read them before the origin is asked; the page counts for as long as they are the same. No await.
+        """
+        return self._reader.fence.listing_values(bucket, prefix)
+
     # --- writing ----------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def writing(self, bucket: str, keys: Sequence[str], *, versions: Collection[str] = ()) -> AsyncIterator[None]:
+    async def writing(
+        self, bucket: str, keys: Sequence[str], *, versions: Collection[str] = (), bucket_itself: bool = False
+    ) -> AsyncIterator[None]:
         """Around the origin request of a write, from before it until its answer is here.
 
         keys: whose current object (and null version) the write may change. versions: those keys of which it may change or
         remove other versions as well: deleting a version, and whatever changes what a version shows beside its bytes.
+        bucket_itself: the bucket may be made or removed by it, or answer otherwise (policy, versioning).
 
-        Afterwards no record of these that was validated before counts, in any worker. When it is left by an exception
+        Afterwards no record of these that was validated before counts, in any worker, and no page of a listing that may
+        show one of the keys (or is of the bucket, if bucket_itself). When it is left by an exception
         or cancellation the origin may still carry the write out, so the fence is passed once more when it must have ended.
         """
         fence = self._reader.fence
-        slots = sorted(
-            {fence.slot(bucket, key) for key in keys} | {fence.versions_slot(bucket, key) for key in versions}
-        )
-        token = next(self._tokens)
+        passed = {fence.slot(bucket, key) for key in keys} | fence.directory_slots(bucket, keys)
+        if versions:
+            passed |= {fence.versions_slot(bucket, key) for key in versions} | fence.directory_slots(bucket, versions)
+        if bucket_itself:
+            passed.add(fence.bucket_slot(bucket))
+        slots = sorted(passed)
         self._bump(slots)
-        self._link.tell(ipc.WriteBegin(token, slots))
+        write = _Write(0.0, self._tell_begun(slots), slots)
         ended = False
         try:
             yield
@@ -251,25 +280,41 @@ class Carrier:
         finally:
             self._bump(slots)
             if ended:
-                self._link.tell(ipc.WriteEnd(token))
+                self._tell_ended(write)
             else:
                 # Should this worker die before that, the daemon does it: it has not heard the end of the write.
-                self._unsettled.append(
-                    (self._clock.monotonic() + self._context.config.origin.request_timeout_s, token, slots)
-                )
-                if len(self._unsettled) > _UNSETTLED_MAX:
+                write.until = self._clock.monotonic() + self._context.config.origin.request_timeout_s
+                self._unsettled.append(write)
+                self._unsettled_slots += len(slots)
+                while len(self._unsettled) > _UNSETTLED_MAX or self._unsettled_slots > _UNSETTLED_SLOTS_MAX:
                     self._settle()
 
     def _settle(self) -> None:
         """Passes the fence for the oldest write whose end is unknown, and tells the daemon that it has ended."""
-        _, token, slots = self._unsettled.popleft()
-        self._bump(slots)
-        self._link.tell(ipc.WriteEnd(token))
+        write = self._unsettled.popleft()
+        self._unsettled_slots -= len(write.slots)
+        self._bump(write.slots)
+        self._tell_ended(write)
+
+    def _tell_begun(self, slots: list[int]) -> list[int]:
+        """Says that these slots are about to be written under; the tokens that it said it with."""
+        if len(slots) <= _SLOTS_A_MESSAGE:
+            token = next(self._tokens)
+            self._link.tell(ipc.WriteBegin(token, slots))
+            return [token]
+        tokens: list[int] = []
+        for first in range(0, len(slots), _SLOTS_A_MESSAGE):
+            tokens.append(next(self._tokens))
+            self._link.tell(ipc.WriteBegin(tokens[-1], slots[first : first + _SLOTS_A_MESSAGE]))
+        return tokens
+
+    def _tell_ended(self, write: _Write) -> None:
+        for token in write.tokens:
+            self._link.tell(ipc.WriteEnd(token))
 
     def _bump(self, slots: list[int]) -> None:
-        fence = self._reader.fence  # asked for each time: a new daemon may have made a new file
-        for slot in slots:
-            fence.bump(slot)
+        # The fence is asked for each time: a new daemon may have made a new file.
+        self._reader.fence.bump_all(slots)
 
     # --- segments and touches ---------------------------------------------------------------------------------------
 
@@ -290,7 +335,7 @@ class Carrier:
     async def _report(self) -> None:
         while True:
             await self._clock.sleep(_TOUCH_EVERY_S)
-            while self._unsettled and self._unsettled[0][0] <= self._clock.monotonic():
+            while self._unsettled and self._unsettled[0].until <= self._clock.monotonic():
                 self._settle()
             if self._touches:
                 touches, self._touches = self._touches, {}

@@ -106,3 +106,39 @@ async def test_a_write_of_unknown_end_is_fenced_once_more_and_only_such_a_one(
         carrier._settle()
         assert fence.value_of("b", "k") != before
         assert len(carrier._unsettled) == 2
+
+
+async def test_a_write_passes_the_listings_that_may_show_its_keys_before_and_after(tmp_path: Path) -> None:
+    async with CacheNode(tmp_path, workers=2) as node:
+        writer, reader = node.workers[0].carrier, node.workers[1].carrier
+        prefixes = ("", "a", "a/", "a/b/", "a/b/k", "a/b/kk", "z/")
+        seen = [[reader.listing_values("b", prefix) for prefix in prefixes]]
+        async with writer.writing("b", ["a/b/k"]):
+            seen.append([reader.listing_values("b", prefix) for prefix in prefixes])
+        seen.append([reader.listing_values("b", prefix) for prefix in prefixes])
+        for number, prefix in enumerate(prefixes):
+            values = {each[number] for each in seen}
+            assert len(values) == (1 if prefix == "z/" else 3), prefix
+        async with writer.writing("b", [], bucket_itself=True):
+            pass
+        assert all(now != was for now, was in zip(map(lambda p: reader.listing_values("b", p), prefixes), seen[-1]))
+
+
+async def test_a_write_of_a_thousand_keys_is_told_to_the_daemon_in_messages_that_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with CacheNode(tmp_path, workers=1) as node:
+        carrier = node.workers[0].carrier
+        keys = ["/".join(f"{number}-{level}" for level in range(33)) for number in range(1000)]
+        (session,) = node.daemon._sessions.values()
+        async with carrier.writing("b", keys):
+            await until(lambda: len({slot for slots in session.writes.values() for slot in slots}) > 20_000)
+            assert all(len(slots) <= 8192 for slots in session.writes.values())
+        await until(lambda: not session.writes)
+        monkeypatch.setattr("koscache.carrier.carrier._UNSETTLED_SLOTS_MAX", 50_000)
+        for _ in range(3):
+            with pytest.raises(OriginUnavailable):
+                async with carrier.writing("b", keys):
+                    raise OriginUnavailable("lost")
+        assert len(carrier._unsettled) == 1, "bounded by slots as well"
+        assert carrier._unsettled_slots == len(carrier._unsettled[0].slots)
