@@ -121,7 +121,8 @@ async def test_a_write_passes_the_listings_that_may_show_its_keys_before_and_aft
             assert len(values) == (1 if prefix == "z/" else 3), prefix
         async with writer.writing("b", [], bucket_itself=True):
             pass
-        assert all(now != was for now, was in zip(map(lambda p: reader.listing_values("b", p), prefixes), seen[-1]))
+        now = [reader.listing_values("b", prefix) for prefix in prefixes]
+        assert all(value != was for value, was in zip(now, seen[-1], strict=True))
 
 
 async def test_a_write_of_a_thousand_keys_is_told_to_the_daemon_in_messages_that_it_takes(
