@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -24,11 +24,13 @@ from kos.config_values import (
     ADDRESS,
     ADDRESS_OR_NONE,
     ALWAYS,
+    AUTO,
     BOOLEAN,
     CONTROL_URL,
     DOMAIN,
     ENDPOINT,
     FRESHNESS,
+    FRESHNESS_OR_AUTO,
     GIB,
     GLOB,
     IMMUTABLE,
@@ -71,6 +73,7 @@ __all__ = [
 
 class Listen(msgspec.Struct, frozen=True, kw_only=True):
     """Where this node listens: HOST:PORT each; port 0 takes a free one. domain: for virtual-hosted buckets.
+    sigv2_query: whether links signed by version 2 are taken.
 
     s3 is http, s3_tls https; either may be None. The certificate's files are read by kos.tls, not here: they change
     while the node runs.
@@ -84,6 +87,7 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
     admin: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9001"
     peer: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9002"
     domain: Annotated[str | None, Key(DOMAIN)] = None
+    sigv2_query: Annotated[bool, Key(BOOLEAN)] = True
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,6 +133,7 @@ class Cache(msgspec.Struct, frozen=True, kw_only=True):
     random_read_bytes: Annotated[int, Key(size(0, 256 * MIB), "random_read")] = 1 * MIB
     fill_buffer_bytes: Annotated[int, Key(size(4 * KIB, 16 * MIB), "fill_buffer")] = 1 * MIB
     write_threads: Annotated[int, Key(count(1, 64))] = 2
+    listings_bytes: Annotated[int, Key(size(0, 64 * GIB), "listings_size")] = 256 * MIB
     scrub_bytes_per_s: Annotated[int, Key(size(0, 16 * GIB), "scrub_rate")] = 8 * MIB
     lease_timeout_s: Annotated[float, Key(duration(0.1, 3600), "lease_timeout")] = 60.0
     ipc_message_bytes: Annotated[int, Key(size(64 * KIB, 64 * MIB), "ipc_message")] = 4 * MIB
@@ -152,15 +157,26 @@ class Credential(msgspec.Struct, frozen=True, kw_only=True):
         return f"Credential(access_key={self.access_key!r})"
 
 
+#: How long a page of a listing may be trusted, at most, where no rule says so.
+_LISTINGS_S: Final = 30.0
+
+
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """How long a record of a matching object may be trusted: freshness in seconds, IMMUTABLE or ALWAYS.
 
-    stale_if_error_s: how long after that it may still be served while the origin is down.
+    stale_if_error_s: how long after that it may still be served while the origin is down. listings: the same as freshness,
+    for listings that may show a matching object; worked out if AUTO.
     """
 
     match: Annotated[str, Key(GLOB)]
     freshness: Annotated[float, Key(FRESHNESS)] = 30.0
     stale_if_error_s: Annotated[float, Key(duration(0, 365 * 86400), "stale_if_error")] = 3600.0
+    listings: Annotated[float, Key(FRESHNESS_OR_AUTO)] = AUTO
+
+    def __post_init__(self) -> None:
+        if self.listings == AUTO:
+            # That objects never change does not say that none is ever added.
+            msgspec.structs.force_setattr(self, "listings", min(self.freshness, _LISTINGS_S))
 
     @property
     def text(self) -> str:
@@ -257,6 +273,10 @@ def check(config: Config) -> Iterator[Complaint]:
         yield Complaint(("supervisor", "restart_base"), "more than restart_max", "at most supervisor.restart_max")
 
 
+#: Eight pages of 1000 keys of ordinary length: less would hold none of the greatest ones.
+_LISTINGS_LEAST_BYTES: Final = 4 * MIB
+
+
 def _check_cache(cache: Cache) -> Iterator[Complaint]:
     block = cache.block_bytes
     if block & (block - 1):
@@ -277,6 +297,9 @@ def _check_cache(cache: Cache) -> Iterator[Complaint]:
         # One commit carries a small body and its record (S3 allows 8 KB of headers; 64 KiB leaves room for the rest).
         found = show_size(cache.ipc_message_bytes)
         yield Complaint(("cache", "ipc_message"), found, "at least cache.small_size and 64KiB")
+    if 0 < cache.listings_bytes < _LISTINGS_LEAST_BYTES:
+        found, allowed = show_size(cache.listings_bytes), f"0 for none, or at least {show_size(_LISTINGS_LEAST_BYTES)}"
+        yield Complaint(("cache", "listings_size"), found, allowed)
     if cache.ipc_queue_bytes < cache.ipc_message_bytes:
         yield Complaint(("cache", "ipc_queue"), show_size(cache.ipc_queue_bytes), "at least cache.ipc_message")
 

@@ -24,6 +24,8 @@ TIB: Final = 1024 * GIB
 #: freshness of a record that is never asked for again, and of one that is asked for each time; seconds
 IMMUTABLE: Final = math.inf
 ALWAYS: Final = 0.0
+#: stands for `auto` until the struct replaces it by what it works out
+AUTO: Final = -1.0
 
 _SIZE_UNITS: Final = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 _DURATION_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -80,6 +82,10 @@ def show_freshness(seconds: float) -> str:
     if seconds == IMMUTABLE:
         return "immutable"
     return "always" if seconds == ALWAYS else show_duration(seconds)
+
+
+def show_freshness_or_auto(seconds: float) -> str:
+    return "auto" if seconds == AUTO else show_freshness(seconds)
 
 
 def parse_size(text: str) -> int:
@@ -259,6 +265,11 @@ ENDPOINT: Final = Kind("http://HOST[:PORT] or https://HOST[:PORT], without a pat
 DOMAIN: Final = Kind("a host name, e.g. s3.example.org", _parse_domain)
 CONTROL_URL: Final = Kind("sqlite:///PATH or postgresql://HOST/NAME", _parse_control_url)
 FRESHNESS: Final = Kind("immutable | always | a time with unit ms s m h d, e.g. 30s", _parse_freshness, show_freshness)
+FRESHNESS_OR_AUTO: Final = Kind(
+    f"auto | {FRESHNESS.allowed}",
+    lambda text: AUTO if text == "auto" else _parse_freshness(text),
+    show_freshness_or_auto,
+)
 GLOB: Final = Kind("a glob over bucket or bucket/key, e.g. datasets/*; [ must be closed", _parse_glob)
 ACCESS_KEY: Final = Kind(
     "an access key: letters, digits, . _ -, at most 128", _matching(re.compile(r"[A-Za-z0-9_.-]{1,128}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
 import time
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from kos import rules as module
 from kos.config import Rule
-from kos.rules import DEFAULT, Rules
+from kos.rules import DEFAULT, Below, Rules, meets
 
 
 def rules(*patterns: str) -> Rules:
@@ -96,3 +98,103 @@ def _seconds(asked: Rules) -> float:
     for _ in range(2_000):
         asked.match("b", "zzz")
     return (time.process_time() - started) / 2_000
+
+
+@pytest.mark.parametrize(
+    ("glob", "prefix", "some", "every"),
+    [
+        ("*", "", True, True),
+        ("*", "a/b", True, True),
+        ("raw/*", "", True, False),
+        ("raw/*", "ra", True, False),
+        ("raw/*", "raw", True, False),
+        ("raw/*", "raw/", True, True),
+        ("raw/*", "raw/x", True, True),
+        ("raw/*", "rax", False, False),
+        ("*.idx", "a", True, False),
+        ("*.idx", "a.idx", True, False),
+        ("a", "a", True, False),
+        ("a", "ab", False, False),
+        ("a?c*", "abc", True, True),
+        ("[ab]*", "b", True, True),
+        ("[!ab]*", "b", False, False),
+        ("[]]*", "]x", True, True),
+        ("[!]]*", "]x", False, False),
+        ("a[", "a[", True, False),
+        ("a[", "ab", False, False),
+        ("**", "", True, True),
+        ("a**", "a", True, True),
+    ],
+)
+def test_how_a_glob_meets_a_prefix(glob: str, prefix: str, some: bool, every: bool) -> None:
+    assert meets(glob, prefix) == Below(some, every)
+
+
+_globs = st.text(alphabet="ab/*?[]!", min_size=1, max_size=5)
+_ALL_KEYS = ["".join(letters) for count in range(1, 6) for letters in itertools.product("ab/", repeat=count)]
+
+
+@given(_globs, st.text("ab/", max_size=3))
+def test_meeting_a_prefix_errs_to_the_safe_side_only(glob: str, prefix: str) -> None:
+    below = [key for key in _ALL_KEYS if key.startswith(prefix)]
+    matched = [key for key in below if fnmatch.fnmatchcase(key, glob)]
+    found = meets(glob, prefix)
+    assert found.some or not matched
+    assert not found.every or matched == below
+
+
+@given(st.text(alphabet="ab/*?", min_size=1, max_size=3), st.text("ab/", max_size=2))
+def test_a_glob_without_classes_meets_a_prefix_just_where_a_key_matches(glob: str, prefix: str) -> None:
+    # Such a glob reads at most three characters beyond the prefix, so the short keys show whether one matches.
+    some = any(fnmatch.fnmatchcase(key, glob) for key in (*_ALL_KEYS, prefix) if key.startswith(prefix))
+    assert meets(glob, prefix).some == some
+
+
+_bucket_globs = st.sampled_from(["b", "*", "c", "?", "[!b]"])
+_patterns = st.one_of(_bucket_globs, st.builds(lambda bucket, key: f"{bucket}/{key}", _bucket_globs, _globs))
+
+
+@given(
+    st.lists(st.tuples(_patterns, st.integers(0, 5), st.integers(0, 5)), max_size=5),
+    st.text("ab/", max_size=3),
+)
+def test_a_listing_is_never_trusted_longer_than_the_rule_of_a_key_that_it_may_show(
+    drawn: list[tuple[str, int, int]], prefix: str
+) -> None:
+    asked = Rules(
+        Rule(match=pattern, listings=float(fresh), stale_if_error_s=float(stale)) for pattern, fresh, stale in drawn
+    )
+    shown = {id(rule): rule for rule in (asked.match("b", key) for key in _ALL_KEYS if key.startswith(prefix))}
+    under = asked.under("b", prefix)
+    for rule in shown.values():
+        assert any(rule is each for each in under)
+    for _ in range(2):  # the second answer is the memo's
+        listing = asked.listing("b", prefix)
+        assert listing.fresh_s <= min(rule.listings for rule in shown.values())
+        assert listing.stale_if_error_s <= min(rule.stale_if_error_s for rule in shown.values())
+
+
+def test_a_listing_takes_the_strictest_rule_below_its_prefix_and_no_other() -> None:
+    asked = Rules(
+        [
+            Rule(match="b/raw/*", freshness=600.0, listings=600.0),
+            Rule(match="b/live/*", freshness=0.0, stale_if_error_s=5.0),
+            Rule(match="b/*", freshness=float("inf")),
+            Rule(match="*", freshness=1.0),
+        ]
+    )
+    assert asked.listing("b", "raw/x") == (600.0, 3600.0)
+    assert asked.listing("b", "r") == (30.0, 3600.0), "an immutable prefix may still get new keys"
+    assert asked.listing("b", "") == (0.0, 5.0)
+    assert asked.listing("b", "live/") == (0.0, 5.0)
+    assert asked.listing("c", "raw/") == (1.0, 3600.0)
+    assert asked.under("b", "raw/") == (asked.match("b", "raw/x"),)
+    assert Rules([]).listing("b", "") == (30.0, 3600.0)
+
+
+def test_the_memo_of_prefixes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MEMO_MAX", 10)
+    asked = rules("b/x*", "*")
+    for number in range(100):
+        asked.listing("b", f"x{number}")
+    assert len(asked._by_prefix) <= 10
