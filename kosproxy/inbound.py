@@ -1,8 +1,8 @@
 """The body of a request, checked while it passes.
 
 Owns: how long a body will be, undoing aws-chunked, checking every promise about it, the idle time-out of a client that
-stops sending, and holding back its end. Does not own: the checks themselves (kos.s3.aws_chunked, kos.s3.checksums) or
-where the bytes go.
+stops sending, holding back its end, and the memory of bodies that are held whole. Does not own: the checks themselves
+(kos.s3.aws_chunked, kos.s3.checksums) or where the bytes go.
 
 Invariant: the last byte of a body is given out only after the whole body was found to be what the client had promised.
 The receiver was told the length beforehand, so a body that fails is one byte short at least, and never an object.
@@ -20,8 +20,8 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from kos import metrics
 from kos.errors import S3Error
-from kos.s3 import aws_chunked
-from kos.s3.checksums import BodyCheck
+from kos.s3 import aws_chunked, completion, xml
+from kos.s3.checksums import HEADER_PREFIX, BodyCheck
 from kos.s3.head import RequestHead
 from kos.s3.operation import Op, Operation
 from kos.s3.sigv4 import Identity, Payload
@@ -29,6 +29,23 @@ from kosproxy.exchange import Exchange
 
 T = TypeVar("T")
 
+#: Operations whose body is a document, in XML or JSON: held whole, and sent with a Content-MD5, which older stores demand
+#: of them and which clients have stopped sending since they send other checksums.
+DOCUMENTS: Final = frozenset(
+    {
+        Op.BucketSubresourceWrite,
+        Op.CreateBucket,
+        Op.DeleteObjects,
+        Op.PutObjectAcl,
+        Op.PutObjectLegalHold,
+        Op.PutObjectRetention,
+        Op.PutObjectTagging,
+        Op.RestoreObject,
+        Op.UpdateObjectEncryption,
+    }
+)
+#: The largest documents that S3 takes: a DeleteObjects or a CompleteMultipartUpload of 8 MB. Others have 2 MB and less.
+DOCUMENT_MAX_BYTES: Final = max(xml.DELETE_REQUEST_MAX_BYTES, completion.REQUEST_MAX_BYTES)
 #: Operations that are nothing without a body: a request without a length may not pass for one with an empty body.
 _NEED_LENGTH: Final = frozenset({Op.PutObject, Op.UploadPart})
 #: SHA-256 takes up to 3 ms a MiB. From this size on a piece is hashed beside the loop: handing it over costs 0.1 ms.
@@ -59,13 +76,15 @@ def body_length(head: RequestHead, operation: Operation, identity: Identity) -> 
 class Inbound:
     """One body. Made after authentication; raises S3Error for promises that cannot be kept or understood.
 
-    Iterate it once, or read() it. trailers and the check's results are there afterwards.
+    Iterate it once, or read() it. trailers and the check's results are there afterwards. close() it when the request has
+    been answered: until then what was read counts as held.
     """
 
     def __init__(self, exchange: Exchange, operation: Operation, identity: Identity) -> None:
         head = exchange.head
         self._exchange = exchange
-        self._timeout_s = exchange.parts.config.limits.body_timeout_s
+        self._limits = exchange.parts.config.limits
+        self._held_bytes = 0
         self.length = body_length(head, operation, identity)
         self._decoder: aws_chunked.Decoder | None = None
         if identity.payload in aws_chunked.FORMS:
@@ -78,6 +97,7 @@ class Inbound:
             identity.payload,
             identity.payload_sha256,
             self.length,
+            also=("md5",) if operation.op in DOCUMENTS and self.length else (),
             object_checksums=operation.op is Op.CompleteMultipartUpload,
         )
 
@@ -115,11 +135,25 @@ class Inbound:
         """Verified trailers of an aws-chunked body that has ended."""
         return {} if self._decoder is None else self._decoder.trailers
 
+    @property
+    def content_md5(self) -> str | None:
+        """Content-MD5 of a document that was read."""
+        return self.check.computed.get(HEADER_PREFIX + "md5")
+
     async def read(self, max_bytes: int) -> bytes:
-        """A whole small body. Raises MaxMessageLengthExceeded beyond max_bytes, before reading it."""
+        """A whole small body. Raises, before reading it, MaxMessageLengthExceeded beyond max_bytes, and SlowDown when it
+        is longer than limits.relay_buffer and the worker holds too many such already."""
         if self.length > max_bytes:
             raise S3Error("MaxMessageLengthExceeded", extra={"MaxMessageLengthBytes": str(max_bytes)})
+        if self.length > self._limits.relay_buffer_bytes:
+            self._exchange.parts.held.take(self.length, self._limits.held_bodies_bytes)
+            self._held_bytes = self.length
         return b"".join([piece async for piece in self])
+
+    def close(self) -> None:
+        """The body is not needed any more."""
+        self._exchange.parts.held.give_back(self._held_bytes)
+        self._held_bytes = 0
 
     async def _decoded(self) -> AsyncIterator[bytes]:
         exchange, decoder = self._exchange, self._decoder
@@ -146,7 +180,7 @@ class Inbound:
         content = self._exchange.request.content
         while True:
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self._limits.body_timeout_s):
                     data = await content.readany()
             except TimeoutError:
                 self._exchange.keep_alive = False

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from kos.clock import Clock
 from kos.config import Config
+from kos.errors import S3Error
 from kos.log import AccessLog
 from kos.origin.lane import OriginLane
 from kos.tasks import Tasks
@@ -35,6 +36,25 @@ class RequestIds:
         return f"{number:016X}"
 
 
+class HeldBytes:
+    """Memory that bodies of requests take which are held whole; all of one worker's together are bounded."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def take(self, count: int, limit: int) -> None:
+        """Raises SlowDown when that would be more than limit, unless nothing else is held."""
+        if self.bytes and self.bytes + count > limit:
+            raise S3Error("SlowDown", "Too many large documents at a time.", headers={"Retry-After": "1"})
+        self.bytes += count
+
+    def give_back(self, count: int) -> None:
+        self.bytes -= count
+        assert self.bytes >= 0
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """secrets: access key to secret key of everybody who may sign. threads: for file reads that wait for the disk.
@@ -51,3 +71,4 @@ class Parts:
     threads: Executor
     hashers: Executor
     request_ids: RequestIds = field(default_factory=RequestIds)
+    held: HeldBytes = field(default_factory=HeldBytes)

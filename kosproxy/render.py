@@ -8,6 +8,7 @@ Invariant: every error has a request id, and none has a body where HTTP allows n
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,6 +44,13 @@ def cache_note(phase: str, reason: str | None) -> str:
 def common(request_id: str, now: float) -> list[tuple[str, str]]:
     """What every response begins with. now: epoch seconds."""
     return [("x-amz-request-id", request_id), ("Date", http_date(now))]
+
+
+def passed_on(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The end-to-end headers of an answer of the origin's, without its length and without what kos makes anew."""
+    named = headers.get("connection", "")
+    dropped = DROPPED | {name.strip().lower() for name in named.split(",")} if named else DROPPED
+    return [(name, value) for name, value in headers.items() if name.lower() not in dropped]
 
 
 def error(
@@ -86,6 +94,14 @@ def as_s3_error(failure: Exception) -> S3Error:
     if isinstance(failure, OriginBroken):
         return S3Error("ServiceUnavailable", "The origin's answer broke off. Try again.", headers={"Retry-After": "1"})
     return S3Error("InternalError")
+
+
+def not_tls() -> bytes:
+    """The whole response to a client that speaks plain http where https is expected."""
+    failure = S3Error("InvalidRequest", "This port speaks https.")
+    body = error_document(failure.code, failure.message, "", "-")
+    headers = [("Content-Type", "application/xml"), ("Connection", "close"), ("Content-Length", str(len(body)))]
+    return render_head(failure.status, headers) + body
 
 
 def turned_away() -> bytes:

@@ -74,8 +74,8 @@ def decoded_length(headers: Headers) -> int:
 
 def stored_content_encoding(value: str | None) -> str | None:
     """A Content-Encoding without "aws-chunked", which is of the transfer, not of the object; None when none is left."""
-    if value is None:
-        return None
+    if value is None or "aws-chunked" not in value.lower():
+        return value
     codings = [coding for field in value.split(",") if (coding := field.strip()) and coding.lower() != "aws-chunked"]
     return ", ".join(codings) or None
 

@@ -65,14 +65,15 @@ class Element:
 class _Reader:
     """Builds Elements from expat's events within the bounds."""
 
-    def __init__(self) -> None:
+    def __init__(self, elements_max: int) -> None:
         self.root: Element | None = None
         self._open: list[tuple[Element, list[str]]] = []
         self._elements = 0
+        self._elements_max = elements_max
 
     def start(self, name: str, attributes: object) -> None:
         self._elements += 1
-        if len(self._open) >= _DEPTH_MAX or self._elements > _ELEMENTS_MAX:
+        if len(self._open) >= _DEPTH_MAX or self._elements > self._elements_max:
             raise UnreadableXML("too deep or too many elements")
         element = Element(name.rpartition(" ")[2])
         if self._open:
@@ -92,14 +93,15 @@ class _Reader:
         raise UnreadableXML("a document type declaration is not allowed")
 
 
-def read(document: bytes, max_bytes: int) -> Element:
-    """The root of a document from a stranger; raises UnreadableXML. max_bytes bounds its size.
+def read(document: bytes, max_bytes: int, elements_max: int = _ELEMENTS_MAX) -> Element:
+    """The root of a document from a stranger; raises UnreadableXML. max_bytes bounds its size, elements_max what is
+    built of it: an element takes some 300 bytes.
 
     Without a DTD there are no entities but XML's own five, so nothing can expand or be fetched.
     """
     if len(document) > max_bytes:
         raise UnreadableXML(f"more than {max_bytes} bytes")
-    reader = _Reader()
+    reader = _Reader(elements_max)
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
     parser.StartElementHandler = reader.start

@@ -8,35 +8,69 @@ one connection and the request id.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Final
 
+from kos.errors import OriginError, S3Error
 from kos.origin.response import OriginResponse
 from kos.s3.operation import Op, Operation
 from kos.s3.sigv4 import Identity
 from koscache.carrier import Phase
 from kosproxy.exchange import Exchange
+from kosproxy.handlers.waiting import WAITED_FOR, Answer, Waiting
 from kosproxy.inbound import Inbound
 from kosproxy.outbound import Outbound, outbound
-from kosproxy.render import DROPPED, common
+from kosproxy.render import common, passed_on
 
 _log: Final = logging.getLogger("kosproxy.forward")
 _READS: Final = frozenset({Op.GetObject, Op.HeadObject})
+#: What can be carried out once only: the second time there is nothing to do, and the origin says so by an error.
+_ONCE: Final = frozenset({Op.AbortMultipartUpload, Op.CreateBucket, Op.DeleteBucket, Op.RenameObject, Op.Unknown})
 
 
 async def forward(exchange: Exchange, operation: Operation, identity: Identity) -> None:
     """Ask the origin and relay its answer. Raises S3Error, OriginError before the head has left."""
     if operation.op in _READS:
         exchange.phase, exchange.reason = Phase.BYPASS, operation.bypass_reason
-    inbound = Inbound(exchange, operation, identity)
-    trailing = exchange.parts.config.origin.trailing_checksums
-    request = await outbound(exchange.head, identity, inbound, trailing_checksums=trailing)
-    async with await ask(exchange, operation, request) as response:
-        relay_head(exchange, response)
-        if exchange.has_body(response.status):
-            async for data in response.pieces():
-                await exchange.write(data)
-        await exchange.finish()
+    with contextlib.closing(Inbound(exchange, operation, identity)) as inbound:
+        request = await question_of(exchange, operation, identity, inbound)
+        if operation.op in WAITED_FOR:
+            await _wait_for(exchange, operation, request)
+            return
+        async with await ask(exchange, operation, request) as response:
+            relay_head(exchange, response)
+            if exchange.has_body(response.status):
+                async for data in response.pieces():
+                    await exchange.write(data)
+            await exchange.finish()
+
+
+async def question_of(exchange: Exchange, operation: Operation, identity: Identity, inbound: Inbound) -> Outbound:
+    """The request that the origin is asked. Raises what outbound() raises."""
+    settings = exchange.parts.config
+    return await outbound(
+        exchange.head,
+        operation,
+        identity,
+        inbound,
+        whole_bytes=settings.limits.relay_buffer_bytes,
+        trailing_checksums=settings.origin.trailing_checksums,
+    )
+
+
+async def _wait_for(exchange: Exchange, operation: Operation, request: Outbound) -> None:
+    waiting = Waiting(exchange)
+
+    async def answering() -> Answer:
+        return await waiting.whole(await ask(exchange, operation, request))
+
+    try:
+        answer = await waiting.wait(answering, operation.op.name)
+    except (S3Error, OriginError) as failure:
+        await waiting.fail(failure)
+    else:
+        await waiting.tell(answer)
 
 
 async def ask(exchange: Exchange, operation: Operation, request: Outbound) -> OriginResponse:
@@ -53,6 +87,7 @@ async def ask(exchange: Exchange, operation: Operation, request: Outbound) -> Or
         content_length=request.content_length,
         payload_hash=request.payload_hash,
         operation=operation.op.name,
+        retry=operation.op not in _ONCE,
     )
     if response.status == 403:
         tell_refused(exchange)
@@ -75,9 +110,7 @@ def relay_head(exchange: Exchange, response: OriginResponse) -> None:
     headers = common(exchange.request_id, exchange.parts.clock.now())
     if exchange.cache_note is not None:
         headers.append(("x-kos-cache", exchange.cache_note))
-    named = response.headers.get("connection", "")
-    dropped = DROPPED | {name.strip().lower() for name in named.split(",")} if named else DROPPED
-    headers += [(name, value) for name, value in response.headers.items() if name.lower() not in dropped]
+    headers += passed_on(response.headers)
     length = response.content_length
     if not exchange.has_body(response.status):
         if length is not None and response.status != 204:
