@@ -63,8 +63,6 @@ def kos_node(tmp_path_factory: pytest.TempPathFactory, origin_url: str) -> Itera
 def endpoint(request: pytest.FixtureRequest, kos_node: Node) -> Endpoint:
     if request.param == "http":
         return Endpoint(kos_node.s3_url, None)
-    if not hasattr(kos_node, "s3_tls_url"):
-        pytest.skip("the node has no https yet")
     return Endpoint(kos_node.s3_tls_url, kos_node.ca_file)
 
 
