@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
+from kos.config import Rule
+from kos.rules import Rules
 from kos.s3.object_response import ObjectMeta, Template
 
 CONTENT_BYTES = 16
@@ -191,6 +193,23 @@ def make_record(bucket: str, key: str, meta: ObjectMeta, *, validated_at: float,
         fence=fence,
         epoch=epoch,
     )
+
+
+@lru_cache(maxsize=256)
+def _for_ever(rule: Rule) -> Rule:
+    return msgspec.structs.replace(rule, freshness=math.inf)
+
+
+def rule_of(rules: Rules, bucket: str, name: str) -> Rule:
+    """The rule of an object, or of a version by its name: that of its key, but that a version never goes out of date.
+
+    The null version does, because a write to a bucket whose versions are suspended replaces it.
+    """
+    if not name.startswith(VERSION_MARK):
+        return rules.match(bucket, name)
+    key, version_id = split_name(name)
+    rule = rules.match(bucket, key)
+    return rule if version_id == NULL_VERSION else _for_ever(rule)
 
 
 class Freshness(Enum):

@@ -7,6 +7,7 @@ Invariant: read-only: explaining touches nothing that eviction or freshness look
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -15,21 +16,21 @@ from kos.clock import Clock
 from kos.config import Config
 from kos.config_values import show_duration, show_freshness
 from kos.rules import Match, Rules
-from koscache.content import Freshness, Record, block_count, judge
+from koscache.content import Freshness, Record, block_count, is_immutable, judge, rule_of, version_name
 from koscache.reader import Reader
 
 #: a terabyte in 8 MiB blocks has 131072; more runs than this help nobody
 RUNS_MAX: Final = 1000
 
 
-def explainer(settings: Config) -> Callable[[str, str], Mapping[str, Any]]:
+def explainer(settings: Config) -> Callable[[str, str, str | None], Mapping[str, Any]]:
     """The answerer of /v1/explain; opens the index at its first question. It raises StoreFailed when the disk does."""
     reader = Reader(settings.cache.dir)
     rules = Rules(settings.rules)
     clock = Clock()
     opened = False
 
-    def explain(bucket: str, key: str) -> Mapping[str, Any]:
+    def explain(bucket: str, key: str, version_id: str | None) -> Mapping[str, Any]:
         nonlocal opened
         # A daemon that began a new index left the old one behind: follow it, questions here are rare.
         if opened:
@@ -37,18 +38,26 @@ def explainer(settings: Config) -> Callable[[str, str], Mapping[str, Any]]:
         else:
             reader.open()
             opened = True
-        return explain_object(reader, rules, clock, settings.cache.block_bytes, bucket, key)
+        return explain_object(reader, rules, clock, settings.cache.block_bytes, bucket, key, version_id)
 
     return explain
 
 
 def explain_object(
-    reader: Reader, rules: Rules, clock: Clock, block_bytes: int, bucket: str, key: str
+    reader: Reader, rules: Rules, clock: Clock, block_bytes: int, bucket: str, key: str, version_id: str | None = None
 ) -> dict[str, Any]:
-    """record (None: not known), age in seconds, rule and why, blocks cached, and the next GET in words."""
+    """record (None: not known), age in seconds, rule and why, blocks cached, and the next GET in words.
+
+    version_id: of the version that is meant, None for the current object.
+    """
+    name = key if version_id is None else version_name(key, version_id)
     match = rules.explain(bucket, key)
-    record = reader.record(bucket, key)
-    slot_value = reader.fence.value_of(bucket, key) if record is not None else 0
+    if is_immutable(name):
+        match = dataclasses.replace(
+            match, rule=rule_of(rules, bucket, name), why=f"{match.why}; but a version never goes out of date"
+        )
+    record = reader.record(bucket, name)
+    slot_value = reader.fence.value_of(bucket, name) if record is not None else 0
     freshness, age_s = judge(record, slot_value, clock.now(), match.rule.freshness)
     answer: dict[str, Any] = {
         "rule": _rule(match),

@@ -12,12 +12,16 @@ from koscli import admin_client
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("object", type=object_of, metavar="s3://BUCKET/KEY")
+    parser.add_argument("--version-id", metavar="ID", help="of the version that is meant; default: the current object")
     admin_client.add_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     bucket, key = arguments.object
-    answer = admin_client.get(arguments.admin, "/v1/explain", {"bucket": bucket, "key": key})
+    question = {"bucket": bucket, "key": key}
+    if arguments.version_id:
+        question["version_id"] = arguments.version_id
+    answer = admin_client.get(arguments.admin, "/v1/explain", question)
     print(json.dumps(answer, indent=2, ensure_ascii=False) if arguments.json else text(answer))
     return 0
 
@@ -36,6 +40,7 @@ def text(answer: Mapping[str, Any]) -> str:
     rule, record, blocks = answer["rule"], answer["record"], answer["blocks"]
     lines = [
         ("object", f"s3://{answer['bucket']}/{answer['key']}"),
+        *([("version", answer["version_id"])] if answer.get("version_id") else []),
         ("rule", f'match "{rule["match"]}", freshness {rule["freshness"]}, stale if error {rule["stale_if_error"]}'),
         ("", rule["why"]),
     ]

@@ -24,7 +24,7 @@ from kos.s3.head import RequestHead, parse_head
 from kos.s3.object_response import Template
 from kos.s3.operation import Handling, Operation
 from kos.s3.sigv4 import Claimed
-from koscache.carrier import FilePiece, Freshness, Phase, Reason, Record, Sight
+from koscache.carrier import FilePiece, Freshness, Phase, Reason, Record, Sight, version_name
 from kosproxy.access_log import Line, LineTemplate, line_template, printable, time_text
 from kosproxy.parts import Parts
 from kosproxy.render import cache_note
@@ -49,14 +49,16 @@ _HIT_BYTES: Final = ("hit",)
 
 
 class _Request(NamedTuple):
-    """What a head asks for, parsed: a pure function of its bytes. plain: what of it decides the head of the answer to a
-    plain read, None when the request has a range, conditions or parameters that have a say as well."""
+    """What a head asks for, parsed: a pure function of its bytes. name: what the carrier calls the object, or the version
+    of it. plain: what of it decides the head of the answer to a plain read, None when the request has a range, conditions
+    or parameters that have a say as well."""
 
     head: RequestHead
     operation: Operation
     claimed: Claimed
     bucket: str
     key: str
+    name: str
     plain: str | None
 
 
@@ -122,7 +124,7 @@ class FastLane:
             identity = sigv4.check(request.claimed, self._secrets, now)
             if known is None:
                 self._remember(data, request)
-            record, freshness, age_s, _, first = self._peek(request.bucket, request.key, now)
+            record, freshness, age_s, _, first = self._peek(request.bucket, request.name, now)
             if freshness is not _FRESH or record is None:
                 return False
             template = self._template(request, record)
@@ -134,7 +136,7 @@ class FastLane:
         pieces: Sequence[FilePiece] = ()
         if start < stop:
             piece = None if first is None else self._piece(record, first, start, stop)
-            cached = self._cached(record, request.bucket, request.key, start, stop) if piece is None else (piece,)
+            cached = self._cached(record, request.bucket, request.name, start, stop) if piece is None else (piece,)
             if cached is None:
                 return False
             pieces = cached
@@ -189,7 +191,7 @@ class FastLane:
 
     def _expect_again(self, data: bytes, request: _Request, template: Template, access_key: str) -> None:
         """A head came for the second time: the third is answered by _again, if it can be."""
-        sight = self._sight(request.bucket, request.key, template.start, template.stop)
+        sight = self._sight(request.bucket, request.name, template.start, template.stop)
         if sight is None:
             return
         record = sight.found.record
@@ -220,10 +222,15 @@ class FastLane:
         except S3Error:
             return None
         assert bucket is not None and key is not None
+        name, version_id = key, operation.version_id
+        only_version = False
+        if version_id is not None:
+            name = version_name(key, version_id)
+            only_version = len(params) == 1
         plain = None
-        if not params and "range" not in headers and CONDITION_HEADERS.isdisjoint(headers):
+        if (not params or only_version) and "range" not in headers and CONDITION_HEADERS.isdisjoint(headers):
             plain = f"{head.method} {headers.get('x-amz-checksum-mode', '').upper() == 'ENABLED'}"
-        return _Request(head, operation, claimed, bucket, key, plain)
+        return _Request(head, operation, claimed, bucket, key, name, plain)
 
     def _remember(self, data: bytes, request: _Request) -> None:
         """Keep a head whose signature was found right: nobody else has a say in what is kept.

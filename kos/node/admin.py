@@ -26,8 +26,8 @@ from kos import config, metrics
 from kos.errors import KosError
 from kos.node.supervisor import Supervisor
 
-#: (bucket, key) -> what this node knows of the object; always called from one and the same thread
-Explain = Callable[[str, str], Mapping[str, Any]]
+#: (bucket, key, version id or None) -> what this node knows of the object; always called from one and the same thread
+Explain = Callable[[str, str, str | None], Mapping[str, Any]]
 
 REQUEST_BYTES_MAX: Final = 64 * 1024
 SHUTDOWN_S: Final = 1.0
@@ -111,14 +111,17 @@ class Admin:
         bucket, key = request.query.get("bucket", ""), request.query.get("key", "")
         if not bucket or not key:
             return _json({"error": "found no bucket or no key, allowed: /v1/explain?bucket=BUCKET&key=KEY"}, 400)
+        version_id = request.query.get("version_id") or None
+        if version_id is not None and "\0" in version_id:
+            return _json({"error": "found a NUL in version_id, allowed: an id that the origin gave"}, 400)
         if self._explain is None:
             return _json({"error": "this node keeps no cache"}, 501)
         loop = asyncio.get_running_loop()
         try:
-            answer = await loop.run_in_executor(self._reading, self._explain, bucket, key)
+            answer = await loop.run_in_executor(self._reading, self._explain, bucket, key, version_id)
         except KosError as error:
             return _json({"error": str(error)}, 503)
-        return _json({"bucket": bucket, "key": key, **answer})
+        return _json({"bucket": bucket, "key": key, "version_id": version_id, **answer})
 
 
 def readiness_of(supervisor: Supervisor) -> dict[str, Any]:

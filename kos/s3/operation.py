@@ -15,7 +15,7 @@ Authentication parameters, response-* overrides, x-id (which SDKs add) and x-* p
 Then it is handled in one of three ways. READ: an object read that the cache may answer. WRITE: something that changes
 what reads of an object show, body or headers; the cache must forget the keys in `forgets` (those of DeleteObjects are
 in its body). FORWARD: the cache has no business with it; it is passed on as it is. A read that the cache must not
-answer (another version, a part, a customer's key, anything unknown) is FORWARD with a bypass_reason.
+answer (a part, a customer's key, anything unknown) is FORWARD with a bypass_reason.
 
 Invariant: what is not understood is never answered from the cache, and whatever might change an object is a WRITE: an
 unknown parameter makes a read FORWARD, and an unknown change of an object a WRITE of its key.
@@ -26,6 +26,7 @@ Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_Operations_Amazon_Si
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
@@ -97,7 +98,7 @@ class Operation(NamedTuple):
     params: the query, decoded, without authentication; of a repeated parameter the first. subresource: the parameter
     that named the operation. forgets: keys of bucket that a WRITE changes. bypass_reason: why a read is not for the
     cache. changes_versions: the WRITE may change or remove versions of these keys that are not the current object, or
-    what GetObject shows of them.
+    what GetObject shows of them. version_id: of a READ, the version that it asks for; None for the current object.
     """
 
     op: Op
@@ -109,6 +110,7 @@ class Operation(NamedTuple):
     forgets: tuple[str, ...] = ()
     bypass_reason: str | None = None
     changes_versions: bool = False
+    version_id: str | None = None
 
 
 _READ, _WRITE, _FORWARD = Handling.READ, Handling.WRITE, Handling.FORWARD
@@ -193,7 +195,7 @@ _READ_PARAMETERS: Final = frozenset(
 )  # fmt: skip
 
 #: Parameters and headers that make a read another's business, and why.
-_BYPASS_PARAMETERS: Final = {"versionId": "version_id", "partNumber": "part_number"}
+_BYPASS_PARAMETERS: Final = {"partNumber": "part_number"}
 _BYPASS_HEADERS: Final = {
     "x-amz-server-side-encryption-customer-algorithm": "sse_c",
     "x-amz-server-side-encryption-customer-key": "sse_c",
@@ -204,6 +206,13 @@ _BYPASS_HEADERS: Final = {
     "origin": "cors",
 }
 _BYPASS_HEADER_NAMES: Final = frozenset(_BYPASS_HEADERS)
+
+#: A version id that the cache may take for a name. S3's are URL-ready and have at most 1 024 bytes; of a longer or stranger
+#: one, and of an empty one, the origin says what it is.
+_VERSION_ID: Final = re.compile(r"[!-~]{1,1024}")
+
+#: What no key that the cache knows begins with: it begins the names of versions there.
+_RESERVED: Final = "\0"
 
 #: 4 096 targets, path and host of at most 512 characters: 4 MB at worst.
 _TARGET_CACHE_COUNT: Final = 4096
@@ -254,8 +263,12 @@ def _object_read(method: str, bucket: str | None, key: str, query: _Query, heade
                 return Operation(op, handling, bucket, key, params, name)
     if not _BYPASS_HEADER_NAMES.isdisjoint(headers):
         bypass_reason = bypass_reason or next(_BYPASS_HEADERS[name] for name in headers if name in _BYPASS_HEADERS)
+    if key[0] == _RESERVED:
+        bypass_reason = "reserved_key"
+    version_id = params.get("versionId") if params else None
     op = Op.GetObject if method == "GET" else Op.HeadObject
-    return Operation(op, _FORWARD if bypass_reason else _READ, bucket, key, params, None, (), bypass_reason)
+    handling = _FORWARD if bypass_reason else _READ
+    return Operation(op, handling, bucket, key, params, None, (), bypass_reason, False, version_id)
 
 
 def _object_change(method: str, bucket: str | None, key: str, params: Mapping[str, str], headers: Headers) -> Operation:
@@ -329,15 +342,17 @@ def _parse_query(raw_query: str) -> _Query:
             continue
         params[name] = value
         if name not in _READ_PARAMETERS:
-            bypass_reason = bypass_reason or _bypass_reason(name)
+            bypass_reason = bypass_reason or _bypass_reason(name, value)
     return _Query(MappingProxyType(params), bypass_reason)
 
 
-def _bypass_reason(name: str) -> str | None:
+def _bypass_reason(name: str, value: str) -> str | None:
     """Why a read with this parameter is not the cache's. SDKs put headers of a presigned request into its query."""
     lower = name.lower()
     if lower in _BYPASS_HEADERS:
         return _BYPASS_HEADERS[lower]
+    if name == "versionId":
+        return None if _VERSION_ID.fullmatch(value) else "version_id"
     if name in _BYPASS_PARAMETERS:
         return _BYPASS_PARAMETERS[name]
     if lower == "x-id" or lower == "x-amz-checksum-mode" or (lower.startswith("x-") and not lower.startswith("x-amz-")):

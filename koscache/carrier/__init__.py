@@ -23,8 +23,7 @@ The order of a write:
     async with carrier.writing(bucket, keys, versions=keys_whose_versions_it_may_change):
         ... the origin request, until its answer is here ...
 
-A key is everywhere here the name of an object: a client's key for the current one, koscache.content.version_name() for
-a version.
+A key is everywhere here the name of an object: a client's key for the current one, version_name() for a version.
 """
 
 from koscache.carrier.body import Body
@@ -41,7 +40,7 @@ from koscache.carrier.types import (
     Sight,
     Want,
 )
-from koscache.content import Freshness, Record
+from koscache.content import Freshness, Record, version_name
 
 __all__ = [
     "Body",
@@ -59,4 +58,5 @@ __all__ = [
     "Record",
     "Sight",
     "Want",
+    "version_name",
 ]

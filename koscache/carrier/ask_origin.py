@@ -10,7 +10,6 @@ answer's connection is given back here or handed on in the Answer's ticket.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from kos import metrics
 from kos.errors import OriginBroken, OriginUnavailable
@@ -19,11 +18,8 @@ from koscache.carrier.context import Context
 from koscache.carrier.fetch import content_range, refusal, unavailable
 from koscache.carrier.first import First, Judged, Kind, Verdict, after_416, judge_answer
 from koscache.carrier.ticket import Ticket
-from koscache.content import Record, block_length, make_record
+from koscache.content import Record, block_length, make_record, split_name
 from koscache.ipc import OpenOutcome, Refusal
-
-#: S3's names of the requests, for the metrics
-_OPERATIONS: Final = {"GET": "GetObject", "HEAD": "HeadObject"}
 
 
 @dataclass(slots=True)
@@ -48,9 +44,11 @@ class Answer:
 
 
 async def ask_origin(
-    context: Context, bucket: str, key: str, fence: int, known: Record | None, first: First, *, alone: bool
-) -> Answer:
-    """alone: nothing will be stored, so the body is left in the ticket whatever it is.
+    context: Context, bucket: str, key: str, fence: int, known: Record | None, first: First, *, alone: bool,
+    document: bool = False,
+) -> Answer:  # fmt: skip
+    """alone: nothing will be stored, so the body is left in the ticket whatever it is. document: a refusal is to come
+    with its document, for who sent a GET; a HEAD that is refused brings none, so a GET is asked once more.
 
     Raises nothing but CancelledError: what the origin says or fails to say is in the Answer.
     """
@@ -60,17 +58,20 @@ async def ask_origin(
         requests += 1
         validated_at = context.clock.now()
         try:
-            response = await context.origin.request(
-                asking.method, bucket, key, headers=asking.headers(), retry=True, operation=_OPERATIONS[asking.method]
-            )
+            response = await context.ask(asking.method, bucket, key, asking.headers())
         except OriginUnavailable as error:
             return _unavailable(error, requests)
         except OriginBroken as error:
             return Answer(OpenOutcome.UNAVAILABLE, error.reason, retry_after_s=1.0, requests=requests)
-        judged = judge_answer(asking, response.status, response.headers)
+        judged = judge_answer(asking, response.status, response.headers, split_name(key)[1])
         if judged.verdict is Verdict.SAME and known is not None and _headers_may_differ(known, fence, response):
             response.close()
             asking = First("HEAD", Kind.HEAD)
+            continue
+        if judged.verdict is Verdict.REFUSED and asking.method == "HEAD" and document:
+            response.close()
+            document = False
+            asking = First("GET", Kind.OWN_RANGE, "bytes=0-0")
             continue
         if judged.verdict is not Verdict.EMPTY_OR_OUTSIDE:
             try:

@@ -31,7 +31,7 @@ from koscache.carrier.context import BufferPool, Context, Origin
 from koscache.carrier.link import Link
 from koscache.carrier.open import Opener
 from koscache.carrier.types import FilePiece, Opened, Peek, Sight, Want
-from koscache.content import Freshness, Location, Record, judge
+from koscache.content import VERSION_MARK, Freshness, Location, Record, judge, rule_of
 from koscache.disk import StoreFailed
 from koscache.reader import Reader, SegmentGone
 
@@ -143,7 +143,8 @@ class Carrier:
     def peek(self, bucket: str, key: str, now: float | None = None) -> Peek:
         """What the index says of the key now (epoch seconds). No await; cheapest while the index rests."""
         reader = self._reader
-        rule = self._rules.match(bucket, key)
+        # Not rule_of() for what is no version: a plain hit has no call to spare.
+        rule = rule_of(self._rules, bucket, key) if key[:1] == VERSION_MARK else self._rules.match(bucket, key)
         found = reader.first(bucket, key)
         if found is None:
             return Peek(None, Freshness.ABSENT, 0.0, rule, None)
@@ -171,7 +172,7 @@ class Carrier:
         record, location = found.record, found.location
         if not location.verified or stop > location.length or record.fence == 0:
             return None
-        fresh_s = self._rules.match(bucket, key).freshness
+        fresh_s = rule_of(self._rules, bucket, key).freshness
         valid_from = -math.inf if fresh_s == math.inf else record.validated_at
         return Sight(found, location, record.fence, valid_from, record.validated_at + fresh_s, start, stop)
 

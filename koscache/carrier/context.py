@@ -13,19 +13,21 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from kos.clock import Clock
-from kos.config import Cache, Config
+from kos.config import Cache, Config, Rule
 from kos.origin.response import OriginResponse
 from kos.rules import Rules
 from kos.tasks import Tasks
 from koscache.carrier.link import Link
-from koscache.content import Record
+from koscache.content import Record, rule_of, split_name
 from koscache.reader import Reader
 
 #: What the origin is asked to add to every answer.
 CHECKSUM_MODE = ("x-amz-checksum-mode", "ENABLED")
+#: S3's names of the requests, for the metrics
+_OPERATIONS: Final = {"GET": "GetObject", "HEAD": "HeadObject"}
 
 
 class Origin(Protocol):
@@ -37,6 +39,7 @@ class Origin(Protocol):
         bucket: str | None,
         key: str | None,
         *,
+        query: Sequence[tuple[str, str]] = (),
         headers: Sequence[tuple[str, str]] = (),
         retry: bool = False,
         operation: str | None = None,
@@ -103,6 +106,27 @@ class Context:
     @property
     def cache(self) -> Cache:
         return self.config.cache
+
+    async def ask(
+        self, method: str, bucket: str, key: str, headers: Sequence[tuple[str, str]], *, part: int | None = None
+    ) -> OriginResponse:
+        """The origin's answer to a read. key: or a version_name(), which is where it becomes a key and a versionId.
+
+        part: asks for that part of an object made of parts. Raises OriginUnavailable, OriginBroken.
+        """
+        real_key, version_id = split_name(key)
+        query: list[tuple[str, str]] = []
+        if part is not None:
+            query.append(("partNumber", str(part)))
+        if version_id is not None:
+            query.append(("versionId", version_id))
+        return await self.origin.request(
+            method, bucket, real_key, query=query, headers=headers, retry=True, operation=_OPERATIONS[method]
+        )
+
+    def rule(self, bucket: str, key: str) -> Rule:
+        """How long a record of it may be trusted; see rule_of()."""
+        return rule_of(self.rules, bucket, key)
 
     def forget(self, bucket: str, key: str, record: Record) -> None:
         """The origin has another version than the record says: the next open asks it.

@@ -98,7 +98,7 @@ async def fetch(
     headers = [("Range", f"bytes={start}-{stop - 1}"), CHECKSUM_MODE]
     if record.etag:
         headers.append(("If-Match", record.etag))
-    response = await context.origin.request("GET", bucket, key, headers=headers, retry=True, operation="GetObject")
+    response = await context.ask("GET", bucket, key, headers)
     status = response.status
     if status in (404, 412, 416):
         response.close()

@@ -16,7 +16,7 @@ from typing import Final
 from kos.s3.object_response import ObjectMeta, meta_from_headers
 from kos.s3.ranges import RangeSpec
 from koscache.carrier.types import Reason, Want
-from koscache.content import Record
+from koscache.content import NULL_VERSION, Record
 
 #: S3 allows 8 KiB of headers with 2 KiB of user metadata among them; a message has room for twice this beside a body.
 _META_MAX_BYTES: Final = 32 * 1024
@@ -116,8 +116,12 @@ class Judged:
     meta: ObjectMeta | None = None
 
 
-def judge_answer(first: First, status: int, headers: Mapping[str, str]) -> Judged:
-    """The verdict on an answer, from its head alone. The reason is the phase's reason for VERSION and NOT_STORED."""
+def judge_answer(first: First, status: int, headers: Mapping[str, str], version_id: str | None = None) -> Judged:
+    """The verdict on an answer, from its head alone. The reason is the phase's reason for VERSION and NOT_STORED.
+
+    version_id: which version was asked for, None for the current object. An answer that does not say that it is of that
+    version comes from an origin that did not understand the question: it is passed on and not stored.
+    """
     if status == 304 and first.if_none_match is not None:
         return Judged(Verdict.SAME, Reason.EXPIRED)
     if status == 416 and first.range is not None:
@@ -133,9 +137,16 @@ def judge_answer(first: First, status: int, headers: Mapping[str, str]) -> Judge
         return Judged(Verdict.UNAVAILABLE, Reason.ORIGIN_DOWN)
     if not etag or is_weak(etag):
         return Judged(Verdict.NOT_STORED, Reason.NO_ETAG, meta)
+    if version_id is not None and not _is_version(version_id, named.get("x-amz-version-id")):
+        return Judged(Verdict.NOT_STORED, Reason.NOT_THE_VERSION, meta)
     if _forbids_storing(named.get("cache-control", "")) or not _keepable(meta):
         return Judged(Verdict.NOT_STORED, Reason.NO_STORE, meta)
     return Judged(Verdict.VERSION, Reason.COLD if first.if_none_match is None else Reason.CHANGED, meta)
+
+
+def _is_version(version_id: str, said: str | None) -> bool:
+    # A bucket that never had versions has the null version only, and says nothing of it.
+    return version_id == (NULL_VERSION if said is None else said.strip())
 
 
 def _meta(status: int, named: Mapping[str, str], headers: Mapping[str, str]) -> ObjectMeta | None:

@@ -35,7 +35,7 @@ from koscache.carrier.fetch import refused, service_unavailable
 from koscache.carrier.first import First, Kind, is_small, is_weak, plan
 from koscache.carrier.ticket import Ticket
 from koscache.carrier.types import Opened, Phase, Reason, Want
-from koscache.content import Freshness, Record, block_count, body_checksum, judge
+from koscache.content import Freshness, Record, block_count, body_checksum, judge, split_name
 from koscache.ipc import OpenOutcome, Refusal
 from koscache.leases import NO_LEASE
 
@@ -43,6 +43,8 @@ from koscache.leases import NO_LEASE
 _ATTEMPTS = 8
 #: So many blocks are looked at to tell a hit from a miss in x-kos-cache.
 _LOOKED_AT_BLOCKS = 16
+#: What a refusal without a document says beside its status.
+_TOLD_WITH_OURS = frozenset({"allow", "last-modified", "x-amz-delete-marker", "x-amz-version-id"})
 _WHY = {
     Freshness.ABSENT: Reason.COLD,
     Freshness.EXPIRED: Reason.EXPIRED,
@@ -95,7 +97,7 @@ class Opener:
     async def open(self, bucket: str, key: str, want: Want) -> Opened:
         """See Carrier.open."""
         context = self._context
-        rule = context.rules.match(bucket, key)
+        rule = context.rule(bucket, key)
         arrived = context.clock.now()
         requests = 0
         for attempt in range(_ATTEMPTS):
@@ -193,7 +195,7 @@ class Opener:
                 return await self._not_stored(flight, answer, record, want)
             return await self._own(flight, want, answer.reason)
         if outcome is OpenOutcome.REFUSED and answer.refusal is not None:
-            raise _relayed(answer.refusal, want)
+            raise _relayed(answer.refusal, flight.key, want)
         if outcome is OpenOutcome.UNAVAILABLE:
             return self._stale(flight, answer, rule, want, stale)
         return None
@@ -238,7 +240,7 @@ class Opener:
         answer = await self._ask(mine)
         record = answer.record
         if answer.outcome is OpenOutcome.REFUSED and answer.refusal is not None:
-            raise _relayed(answer.refusal, want)
+            raise _relayed(answer.refusal, flight.key, want)
         if record is None:
             raise service_unavailable(answer.reason, answer.retry_after_s)
         return Opened(
@@ -309,7 +311,7 @@ class Opener:
         """
         context = self._context
         record = context.reader.record(flight.bucket, flight.key)
-        fresh_s = context.rules.match(flight.bucket, flight.key).freshness
+        fresh_s = context.rule(flight.bucket, flight.key).freshness
         freshness, _ = judge(record, flight.fence, context.clock.now(), fresh_s)
         if record is None or freshness is not Freshness.FRESH or flight.why is Reason.CHECKSUMS:
             return None
@@ -328,8 +330,9 @@ class Opener:
                 alone=flight.alone,
             )
         return await ask_origin(
-            self._context, flight.bucket, flight.key, flight.fence, flight.known, first, alone=flight.alone
-        )
+            self._context, flight.bucket, flight.key, flight.fence, flight.known, first, alone=flight.alone,
+            document=not flight.want.head_only,
+        )  # fmt: skip
 
     def _tell(self, flight: _Flight, lease: int, answer: Answer) -> asyncio.Future[bool]:
         """Asks for the block that came along first, then tells the daemon and all who wait.
@@ -400,10 +403,13 @@ def _covers(ticket: Ticket, record: Record, want: Want) -> bool:
     return ticket.start <= start and stop <= ticket.stop
 
 
-def _relayed(refusal: Refusal, want: Want) -> Exception:
-    """The origin's refusal for this reader. One that came without a document (to a HEAD) gets ours, for a GET."""
+def _relayed(refusal: Refusal, key: str, want: Want) -> Exception:
+    """The origin's refusal for this reader. One that came without a document (to the HEAD of another reader) gets ours,
+    for a GET, with the headers that say more: that it is a delete marker, and which."""
     if not refusal.body and not want.head_only:
-        code = {403: "AccessDenied", 404: "NoSuchKey"}.get(refusal.status)
+        missing = "NoSuchKey" if split_name(key)[1] is None else "NoSuchVersion"
+        code = {403: "AccessDenied", 404: missing, 405: "MethodNotAllowed"}.get(refusal.status)
         if code is not None:
-            return S3Error(code)
+            told = {name: value for name, value in refused(refusal).headers if name.lower() in _TOLD_WITH_OURS}
+            return S3Error(code, headers=told)
     return refused(refusal)

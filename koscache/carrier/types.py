@@ -42,6 +42,7 @@ class Reason(enum.StrEnum):
     CHECKSUMS = "checksums"  # the record was made from an answer without the object's checksums
     NO_STORE = "no_store"
     NO_ETAG = "no_etag"
+    NOT_THE_VERSION = "not_the_version"  # the origin answered a versionId with something else
     DAEMON_AWAY = "daemon_away"
     CACHING_OFF = "caching_off"
     BUSY = "busy"

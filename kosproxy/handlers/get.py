@@ -16,7 +16,7 @@ from kos.s3.conditions import CONDITION_HEADERS
 from kos.s3.head import RequestHead
 from kos.s3.operation import Operation
 from kos.s3.sigv4 import Identity
-from koscache.carrier import Changed, FilePiece, Opened, Phase, Reason, Want
+from koscache.carrier import Changed, FilePiece, Opened, Phase, Reason, Want, version_name
 from kosproxy.exchange import Exchange
 
 #: An object that changes faster than it can be opened this often is answered with "try again".
@@ -35,14 +35,22 @@ def want_of(head: RequestHead) -> Want:
     )
 
 
+def name_of(operation: Operation) -> str:
+    """What the carrier calls the object that is read: its key, or a name for the version that is asked for."""
+    key, version_id = operation.key, operation.version_id
+    assert key is not None
+    return key if version_id is None else version_name(key, version_id)
+
+
 async def read(exchange: Exchange, operation: Operation, identity: Identity) -> None:
     """Answer an object read. Raises S3Error, OriginError before the head has left; ConnectionError afterwards."""
-    assert operation.bucket is not None and operation.key is not None
+    assert operation.bucket is not None
+    name = name_of(operation)
     want = want_of(exchange.head)
     carrier = exchange.parts.carrier
     for _ in range(_OPENS_MAX):
         try:
-            opened = await carrier.open(operation.bucket, operation.key, want)
+            opened = await carrier.open(operation.bucket, name, want)
         except OriginRefused:
             exchange.phase, exchange.reason = Phase.MISS, "refused"
             exchange.origin_requests += 1

@@ -44,6 +44,7 @@ class Version:
     version_id: str
     parts: tuple[int, ...] = ()  # lengths of the parts of a multipart object
     delete_marker: bool = False
+    part_checksums: tuple[Headers, ...] = ()  # of each part, where the origin has them
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +59,7 @@ class Upload:
 class Bucket:
     objects: dict[str, list[Version]] = field(default_factory=dict)
     versioned: bool = False
+    suspended: bool = False  # versioned once; now writes replace the null version and leave the others
     subresources: dict[tuple[str, str], bytes] = field(default_factory=dict)
 
     def latest(self, key: str) -> Version | None:
@@ -125,6 +127,8 @@ class OriginStore:
         self.buckets: dict[str, Bucket] = {}
         self.uploads: dict[str, Upload] = {}
         self._ids = itertools.count(1)
+        #: an origin that does not know partNumber answers with the whole object
+        self.knows_parts = True
 
     # -- for tests -----------------------------------------------------------------------------------------------
 
@@ -132,6 +136,9 @@ class OriginStore:
         bucket = self.buckets.setdefault(name, Bucket())
         bucket.versioned = bucket.versioned or versioned
         return bucket
+
+    def suspend_versions(self, name: str) -> None:
+        self.buckets[name].suspended = True
 
     def put(
         self,
@@ -144,6 +151,7 @@ class OriginStore:
         last_modified: float | None = None,
         checksums: Headers | None = None,
         parts: tuple[int, ...] = (),
+        part_checksums: tuple[Headers, ...] = (),
     ) -> Version:
         """Stores an object behind everyone's back; the bucket is made if need be. Returns the version with its ETag."""
         home = self.create_bucket(bucket)
@@ -153,22 +161,33 @@ class OriginStore:
             self.now() if last_modified is None else last_modified,
             {"content-type": "binary/octet-stream", **(headers or {})},
             checksums or {},
-            f"v{next(self._ids):06d}" if home.versioned else "null",
+            f"v{next(self._ids):06d}" if home.versioned and not home.suspended else "null",
             parts,
+            part_checksums=part_checksums,
         )
-        versions = home.objects.setdefault(key, [])
-        if not home.versioned:
-            versions.clear()
-        versions.append(version)
+        self._append(home, key, version)
         return version
 
-    def remove(self, bucket: str, key: str) -> None:
+    def _append(self, home: Bucket, key: str, version: Version) -> None:
+        versions = home.objects.setdefault(key, [])
+        if version.version_id == "null":
+            versions[:] = [each for each in versions if each.version_id != "null"]
+        versions.append(version)
+
+    def remove(self, bucket: str, key: str, version_id: str | None = None) -> Version | None:
+        """Deletes the object (where there are versions: by a marker, which is returned), or one version for good."""
         home = self.buckets[bucket]
-        if home.versioned:
-            marker = Version(b"", "", self.now(), {}, {}, f"v{next(self._ids):06d}", (), True)
-            home.objects.setdefault(key, []).append(marker)
-        else:
+        if version_id is not None:
+            versions = home.objects.get(key, [])
+            versions[:] = [version for version in versions if version.version_id != version_id]
+            return None
+        if not home.versioned:
             home.objects.pop(key, None)
+            return None
+        marker_id = "null" if home.suspended else f"v{next(self._ids):06d}"
+        marker = Version(b"", "", self.now(), {}, {}, marker_id, (), True)
+        self._append(home, key, marker)
+        return marker
 
     def get(self, bucket: str, key: str) -> Version | None:
         home = self.buckets.get(bucket)
@@ -191,19 +210,28 @@ class OriginStore:
 
     def _version(self, request: Request) -> Version:
         home = self.buckets[request.bucket]
+        versions = home.objects.get(request.key, [])
         wanted = request.query.get("versionId")
+        if wanted == "":
+            raise Refusal(400, "InvalidArgument", "Version id cannot be the empty string")
         if wanted is not None:
-            for version in home.objects.get(request.key, []):
+            for version in versions:
                 if version.version_id == wanted:
+                    if version.delete_marker:
+                        modified = formatdate(version.last_modified, usegmt=True)
+                        marked = {**_marked(version), "allow": "DELETE", "last-modified": modified}
+                        raise Refusal(405, "MethodNotAllowed", headers=marked)
                     return version
             raise Refusal(404, "NoSuchVersion")
         latest = home.latest(request.key)
         if latest is None:
-            raise Refusal(404, "NoSuchKey", extra=f"<Key>{escape(request.key)}</Key>")
+            marked = _marked(versions[-1]) if versions else {}
+            raise Refusal(404, "NoSuchKey", headers=marked, extra=f"<Key>{escape(request.key)}</Key>")
         return latest
 
     def _GetObject(self, request: Request) -> Answer:
         version = self._version(request)
+        number = _part_number(request) if self.knows_parts else None
         headers = {
             "etag": version.etag,
             "last-modified": formatdate(version.last_modified, usegmt=True),
@@ -212,6 +240,9 @@ class OriginStore:
         }
         if self.buckets[request.bucket].versioned:
             headers["x-amz-version-id"] = version.version_id
+        tags = self.buckets[request.bucket].subresources.get((request.key, "tagging"), b"").count(b"<Tag>")
+        if tags:
+            headers["x-amz-tagging-count"] = str(tags)
         for name, value in request.query.items():
             if name.startswith("response-"):
                 headers[name[len("response-") :]] = value
@@ -219,13 +250,16 @@ class OriginStore:
         if status == 304:
             return Answer(304, {k: v for k, v in headers.items() if k in ("etag", "last-modified", "cache-control")})
         size = len(version.body)
-        start, stop, partial = _slice(request, version)
+        start, stop, partial = _slice(request, version) if number is None else _part_slice(number, version)
+        with_checksums = request.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED"
         if partial:
             headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
-        elif request.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED":
-            headers.update(version.checksums)
-        if version.parts and "partNumber" in request.query:
+        if number is not None and version.parts:
             headers["x-amz-mp-parts-count"] = str(len(version.parts))
+            if with_checksums and version.part_checksums:
+                headers.update(version.part_checksums[number - 1])
+        elif with_checksums and (number is not None or not partial):
+            headers.update(version.checksums)
         return Answer(206 if partial else 200, headers, memoryview(version.body)[start:stop])
 
     _HeadObject = _GetObject  # the server leaves the body out and keeps its length
@@ -240,20 +274,21 @@ class OriginStore:
         return Answer(200, headers)
 
     def _DeleteObject(self, request: Request) -> Answer:
-        wanted = request.query.get("versionId")
-        if wanted is None:
-            self.remove(request.bucket, request.key)
-        else:
-            versions = self.buckets[request.bucket].objects.get(request.key, [])
-            versions[:] = [v for v in versions if v.version_id != wanted]
-        return Answer(204)
+        if "if-match" in request.headers:
+            _check_write_condition(request.headers, self._version(request))
+        marker = self.remove(request.bucket, request.key, request.query.get("versionId"))
+        return Answer(204, {} if marker is None else _marked(marker))
 
     def _DeleteObjects(self, request: Request) -> Answer:
         _check_body(request)
         done = []
         for item in _elements(request.body, "Object"):
             key = _text(item, "Key")
-            self.remove(request.bucket, key)
+            present, wanted = self.buckets[request.bucket].latest(key), _text(item, "ETag", "").strip('"')
+            if wanted and (present is None or wanted != present.etag.strip('"')):
+                done.append(f"<Error><Key>{escape(key)}</Key><Code>PreconditionFailed</Code></Error>")
+                continue
+            self.remove(request.bucket, key, _text(item, "VersionId", "") or None)
             done.append(f"<Deleted><Key>{escape(key)}</Key></Deleted>")
         return xml_answer(200, f"<DeleteResult>{''.join(done)}</DeleteResult>")
 
@@ -320,6 +355,9 @@ class OriginStore:
         etag = f'"{digest}-{len(chosen)}"'
         lengths = tuple(len(p.body) for p in chosen)
         body = b"".join(p.body for p in chosen)
+        if int(request.headers.get("x-amz-mp-object-size", len(body))) != len(body):
+            raise Refusal(400, "InvalidRequest", "The x-amz-mp-object-size header does not match what was uploaded")
+        _check_write_condition(request.headers, self.buckets[upload.bucket].latest(upload.key))
         self.put(upload.bucket, upload.key, body, upload.headers, etag=etag, parts=lengths)
         del self.uploads[request.query["uploadId"]]
         where = f"<Bucket>{upload.bucket}</Bucket><Key>{escape(upload.key)}</Key><ETag>{escape(etag)}</ETag>"
@@ -500,24 +538,57 @@ def _check_body(request: Request) -> Headers:
     return sums
 
 
-def _condition(headers: Headers, version: Version) -> int:
-    def names(value: str) -> bool:
-        listed = [v.strip().removeprefix("W/").strip('"') for v in value.split(",")]
-        return "*" in listed or version.etag.strip('"') in listed
+def _marked(marker: Version) -> Headers:
+    return {"x-amz-delete-marker": "true", "x-amz-version-id": marker.version_id} if marker.delete_marker else {}
 
+
+def _date(text: str | None) -> float | None:
+    """Epoch seconds of an HTTP date; None for none, and for what is none."""
+    try:
+        return None if text is None else parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError):
+        return None
+
+
+def _names(value: str, version: Version, *, weakly: bool) -> bool:
+    listed = [v.strip() for v in value.split(",")]
+    if weakly:
+        listed = [v.removeprefix("W/") for v in listed]
+    return listed == ["*"] or version.etag.strip('"') in [v.strip('"') for v in listed]
+
+
+def _condition(headers: Headers, version: Version) -> int:
     whole_s = int(version.last_modified)
     if "if-match" in headers:
-        if not names(headers["if-match"]):
+        if not _names(headers["if-match"], version, weakly=False):
             raise Refusal(412, "PreconditionFailed")
-    elif (
-        "if-unmodified-since" in headers and whole_s > parsedate_to_datetime(headers["if-unmodified-since"]).timestamp()
-    ):
+    elif (unmodified := _date(headers.get("if-unmodified-since"))) is not None and whole_s > unmodified:
         raise Refusal(412, "PreconditionFailed")
     if "if-none-match" in headers:
-        return 304 if names(headers["if-none-match"]) else 200
-    if "if-modified-since" in headers and whole_s <= parsedate_to_datetime(headers["if-modified-since"]).timestamp():
+        return 304 if _names(headers["if-none-match"], version, weakly=True) else 200
+    if (modified := _date(headers.get("if-modified-since"))) is not None and whole_s <= modified:
         return 304
     return 200
+
+
+def _part_number(request: Request) -> int | None:
+    text = request.query.get("partNumber")
+    if text is None:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 10000:
+        raise Refusal(400, "InvalidArgument", "Part number must be an integer between 1 and 10000, inclusive")
+    if "range" in request.headers:
+        raise Refusal(400, "InvalidRequest", "Cannot specify both Range header and partNumber query parameter")
+    return int(text)
+
+
+def _part_slice(number: int, version: Version) -> tuple[int, int, bool]:
+    """What an object that was stored in one piece has is one part; an empty one is answered whole."""
+    parts = version.parts or (len(version.body),)
+    if number > len(parts):
+        raise Refusal(416, "InvalidPartNumber")
+    start = sum(parts[: number - 1])
+    return start, start + parts[number - 1], parts[number - 1] > 0
 
 
 def _check_write_condition(headers: Headers, present: Version | None) -> None:
@@ -530,13 +601,10 @@ def _check_write_condition(headers: Headers, present: Version | None) -> None:
 
 def _slice(request: Request, version: Version) -> tuple[int, int, bool]:
     size = len(version.body)
-    if "partNumber" in request.query and version.parts:
-        number = int(request.query["partNumber"])
-        if number > len(version.parts):
-            raise Refusal(416, "InvalidPartNumber")
-        start = sum(version.parts[: number - 1])
-        return start, start + version.parts[number - 1], True
     spec = request.headers.get("range", "")
+    if_range = request.headers.get("if-range")
+    if if_range is not None and if_range not in (version.etag, formatdate(version.last_modified, usegmt=True)):
+        return 0, size, False
     if not spec.startswith("bytes=") or "," in spec:
         return 0, size, False
     first, dash, last = spec[6:].partition("-")
@@ -548,6 +616,8 @@ def _slice(request: Request, version: Version) -> tuple[int, int, bool]:
             return 0, size, False
     else:
         start, stop = max(size - int(last), 0), size
+        if size == 0 and int(last) > 0:
+            return 0, 0, False  # the last bytes of nothing are nothing: S3 answers 200
     if start >= size or start >= stop:
         extra = f"<ActualObjectSize>{size}</ActualObjectSize><RangeRequested>{spec}</RangeRequested>"
         raise Refusal(416, "InvalidRange", headers={"content-range": f"bytes */{size}"}, extra=extra)
@@ -567,8 +637,10 @@ def _elements(body: bytes, name: str) -> list[ElementTree.Element]:
     return [element for element in root.iter() if element.tag.rpartition("}")[2] == name]
 
 
-def _text(element: ElementTree.Element, name: str) -> str:
+def _text(element: ElementTree.Element, name: str, absent: str | None = None) -> str:
     found = [child.text or "" for child in element if child.tag.rpartition("}")[2] == name]
     if not found:
-        raise Refusal(400, "MalformedXML")
+        if absent is None:
+            raise Refusal(400, "MalformedXML")
+        return absent
     return found[0]

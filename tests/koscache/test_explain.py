@@ -63,6 +63,15 @@ def test_states(known: Record | None, numbers: list[int], freshness: str, next_g
         assert answer["blocks"]["cached"] == len(numbers)
 
 
+def test_a_version_is_explained_by_its_own_record_and_never_goes_out_of_date() -> None:
+    reader = cast(Reader, FakeReader(record(age_s=10_000), [0, 1, 2, 3, 4]))
+    answer = explain_object(reader, Rules([]), FakeClock(), 10, "b", "k", "v1")
+    assert (answer["freshness"], answer["rule"]["freshness"]) == ("fresh", "immutable")
+    assert "a version never goes out of date" in answer["rule"]["why"]
+    answer = explain_object(reader, Rules([]), FakeClock(), 10, "b", "k", "null")
+    assert (answer["freshness"], answer["rule"]["freshness"]) == ("expired", "30s")
+
+
 def test_runs_and_age() -> None:
     reader = cast(Reader, FakeReader(record(), [0, 1, 4]))
     rules = Rules([Rule(match="b", freshness=ALWAYS, stale_if_error_s=60)])

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kos.s3.names import encode_key
 from kos.s3.object_response import ObjectMeta
 from kos.s3.sigv4 import canonical_query, presign, sign_headers
-from koscache.carrier import Freshness
+from koscache.carrier import Freshness, version_name
 from tests.fakes.carrier import BLOCK, FakeCarrier
 from tests.fakes.proxy import ACCESS_KEY, NOW, SECRET_KEY, Proxy
 
@@ -28,6 +28,9 @@ HOST = "kos.test:9000"
 MODIFIED = "Wed, 01 Jul 2026 10:00:00 GMT"
 SIZES = {"empty": 0, "tiny": 1, "small": 4096, "odd": 33_333, "blocks": 3 * BLOCK + 5, "large": 2_500_000}
 BODIES = {name: random.Random(size).randbytes(size) for name, size in SIZES.items()}
+#: the one key that has versions; what is put as the name of one is what a versionId finds
+VERSIONED = "small"
+VERSIONS = {"v/1": b"an older small one", "null": b"a null one" * 9000}
 KEYS = [*SIZES, "sp ace/+é//../x", "no-checksums", "expired", "elsewhere", "absent"]
 
 
@@ -58,6 +61,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             stored = carrier.put("bucket", key, body, meta_of(key, body))
             stored.hidden = key == "elsewhere"
             stored.freshness = Freshness.EXPIRED if key == "expired" else Freshness.FRESH
+    for version_id, body in VERSIONS.items():
+        carrier.put("bucket", version_name(VERSIONED, version_id), body, meta_of(f"version-{version_id}", body))
     with Proxy(carrier).running() as both, Proxy(carrier, lanes="slow").running() as slow:
         yield Pair(both, slow, carrier)
     assert (carrier.borrowed, carrier.open_bodies, carrier.open_opened) == (0, 0, 0)
@@ -126,6 +131,7 @@ QUERY = st.fixed_dictionaries(
         "response-cache-control": st.just("no-cache"),
         "x-id": st.just("GetObject"),
         "x-amz-checksum-mode": st.just("ENABLED"),
+        "versionId": st.sampled_from([*VERSIONS, "v/1", "absent"]),
     },
 )
 REQUESTS = st.builds(
@@ -173,6 +179,14 @@ def ask(port: int, wire: bytes) -> Answer:
     return Answer(status, headers, body)
 
 
+def body_of(request: Request) -> bytes:
+    version_id = dict(request.query).get("versionId")
+    if version_id is not None:
+        assert request.key == VERSIONED
+        return VERSIONS[version_id]
+    return BODIES.get(request.key, b"some bytes of " + request.key.encode())
+
+
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(request=REQUESTS)
 def test_both_lanes_give_the_same_answer(pair: Pair, request: Request) -> None:
@@ -183,7 +197,7 @@ def test_both_lanes_give_the_same_answer(pair: Pair, request: Request) -> None:
     assert ask(pair.both.port, wire) == both
     assert ask(pair.both.port, wire) == both
     if both.status in (200, 206) and request.method == "GET":
-        body = BODIES.get(request.key, b"some bytes of " + request.key.encode())
+        body = body_of(request)
         found = dict(both.headers).get("Content-Range")
         if found is None:
             assert both.body == body
@@ -212,6 +226,17 @@ def test_plain_requests_take_the_fast_lane(
     (line,) = pair.both.lines[before:]
     assert (line.lane, line.status, line.bytes) == ("fast", answer.status, len(answer.body))
     assert line.key == key and line.key_id == ACCESS_KEY and line.phase == "hit"
+
+
+@pytest.mark.parametrize("version_id", VERSIONS)
+@pytest.mark.parametrize("presigned", [True, False])
+def test_versions_take_the_fast_lane_as_well(pair: Pair, version_id: str, presigned: bool) -> None:
+    request = Request("GET", VERSIONED, (("versionId", version_id),), (), presigned, "")
+    for _ in range(3):
+        before = len(pair.both.lines)
+        assert ask(pair.both.port, request.wire()).body == VERSIONS[version_id]
+        (line,) = pair.both.lines[before:]
+        assert (line.lane, line.key, line.phase) == ("fast", VERSIONED, "hit")
 
 
 @pytest.mark.parametrize("key", ["expired", "elsewhere", "absent"])

@@ -52,7 +52,7 @@ NODE = """\
 import sys
 from kos.node.role import Role, run_role
 def explain(settings):
-    def answer(bucket, key):
+    def answer(bucket, key, version_id):
         if bucket == "bad": raise RuntimeError("explain failed")
         return {{"region": settings.region, "seen": [bucket, key]}}
     return answer
@@ -125,7 +125,7 @@ async def test_from_start_to_exit(config_path: Path) -> None:
         assert "kos_node_ready 1.0" in page
         assert await running.get("/v1/explain?bucket=b&key=a%2Fb%20c") == (
             200,
-            {"bucket": "b", "key": "a/b c", "region": "test", "seen": ["b", "a/b c"]},
+            {"bucket": "b", "key": "a/b c", "version_id": None, "region": "test", "seen": ["b", "a/b c"]},
         )
         assert (await running.get("/v1/explain?bucket=b"))[0] == 400
         assert (await running.get("/v1/explain?bucket=bad&key=k"))[0] == 500

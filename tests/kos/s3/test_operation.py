@@ -7,6 +7,7 @@ import pytest
 from kos.errors import S3Error
 from kos.s3.head import RequestHead
 from kos.s3.operation import Handling, Op, Operation, parse
+from koscache.content import version_name
 
 
 def operation(line: str, *, domain: str | None = None, host: str = "127.0.0.1:9000", **headers: str) -> Operation:
@@ -43,7 +44,10 @@ GET /bkt/k                                    GetObject               read
 GET /bkt/k?x-id=GetObject                     GetObject               read
 GET /bkt/k?response-content-type=a%2Fb        GetObject               read
 GET /bkt/k?x-team=a                           GetObject               read
-GET /bkt/k?versionId=1                        GetObject               forward
+GET /bkt/k?versionId=1                        GetObject               read
+GET /bkt/k?versionId=null                     GetObject               read
+GET /bkt/k?versionId=                         GetObject               forward
+HEAD /bkt/k?versionId=1                       HeadObject              read
 GET /bkt/k?partNumber=1                       GetObject               forward
 GET /bkt/k?uploadId=1                         ListParts               forward
 GET /bkt/k?acl                                GetObjectAcl            forward
@@ -157,6 +161,12 @@ def test_rename_forgets_both_names(source: str) -> None:
     [
         ("", "", None),
         ("versionId=", "", "version_id"),
+        ("versionId=a%20b", "", "version_id"),
+        ("versionId=%00", "", "version_id"),
+        ("versionId=%ff", "", "version_id"),
+        ("versionId=" + "v" * 1025, "", "version_id"),
+        ("versionId=" + "v" * 1024, "", None),
+        ("versionId=a&versionId=b", "", "repeated_parameter"),
         ("partNumber=2", "", "part_number"),
         ("newthing", "", "unknown_parameter"),
         ("x-amz-newthing=1", "", "unknown_parameter"),
@@ -176,6 +186,17 @@ def test_reads_that_are_not_for_the_cache(query: str, header: str, reason: str |
         found = operation(f"{method} /bkt/k?{query}", **({header: "1"} if header else {}))
         assert found.bypass_reason == reason
         assert found.handling is (Handling.FORWARD if reason else Handling.READ)
+
+
+def test_a_read_of_a_version_names_it() -> None:
+    assert operation("GET /bkt/k?versionId=v%2F1.a_b-c").version_id == "v/1.a_b-c"
+    assert operation("HEAD /bkt/k").version_id is None
+
+
+def test_a_key_that_could_be_the_name_of_a_version_is_never_cached() -> None:
+    assert operation("GET /bkt/%00v1%00k").bypass_reason == "reserved_key"
+    assert operation("GET /bkt/%00v1%00k").handling is Handling.FORWARD
+    assert version_name("k", "v1")[0] == "\0"
 
 
 def test_authentication_is_no_part_of_the_operation() -> None:
