@@ -17,13 +17,13 @@ from typing import Final, NamedTuple
 
 from kos import metrics
 from kos.errors import S3Error
-from kos.s3 import object_response, sigv4
+from kos.s3 import authentication, object_response
 from kos.s3 import operation as operations
+from kos.s3.authentication import Claimed
 from kos.s3.conditions import CONDITION_HEADERS
 from kos.s3.head import RequestHead, parse_head
 from kos.s3.object_response import Template
 from kos.s3.operation import Handling, Operation
-from kos.s3.sigv4 import Claimed
 from koscache.carrier import FilePiece, Freshness, Phase, Reason, Record, Sight, version_name
 from kosproxy.access_log import Line, LineTemplate, line_template, printable, time_text
 from kosproxy.parts import Parts
@@ -91,6 +91,7 @@ class FastLane:
         carrier = parts.carrier
         self._secrets = parts.secrets
         self._domain = parts.config.listen.domain
+        self._version_2 = parts.config.listen.sigv2_query
         self._now = parts.clock.now
         self._monotonic = parts.clock.monotonic
         self._request_id = parts.request_ids.next
@@ -121,7 +122,7 @@ class FastLane:
             return False
         now = self._now()
         try:
-            identity = sigv4.check(request.claimed, self._secrets, now)
+            identity = request.claimed.check(self._secrets, now)
             if known is None:
                 self._remember(data, request)
             record, freshness, age_s, _, first = self._peek(request.bucket, request.name, now)
@@ -162,14 +163,14 @@ class FastLane:
         if transport is None or connection.socket is None:
             return False
         now = self._now()
-        if not sigv4.holds(request.claimed, self._secrets, now) or not self._still(sight, now):
+        if not request.claimed.holds(self._secrets, now) or not self._still(sight, now):
             return False
         age_s = int(now - validated_at) if now > validated_at else 0
         request_id = self._request_id()
         text = template.render(request_id, object_response.http_date(now), age_s)
         if sight.stop - sight.start > _COPY_BYTES:
             piece = self._piece(sight.found.record, sight.location, sight.start, sight.stop)
-            access_key = request.claimed.claim.credential.access_key
+            access_key = request.claimed.access_key
             served = _Served(self._monotonic(), now, request_id, access_key, request, template.status)
             return piece is not None and self._relay(connection, text, (piece,), served)
         body = self._read_again(sight, self._buffer)
@@ -184,7 +185,7 @@ class FastLane:
             if line is not None:
                 self._log(line.render(time_text(now), request_id, connection.client, max(took_ms, 0.0)))
             else:
-                access_key = request.claimed.claim.credential.access_key
+                access_key = request.claimed.access_key
                 served = _Served(0.0, now, request_id, access_key, request, template.status)
                 self._log(_line(served, connection.client, len(body), None, took_ms, took_ms))
         return True
@@ -214,11 +215,19 @@ class FastLane:
         if "connection" in headers and headers["connection"].lower() != "keep-alive":
             return None
         try:
+            claimed = None
+            if "X-Amz-Signature=" in head.raw_query or "AWSAccessKeyId=" in head.raw_query:
+                claimed = authentication.claim_of(head, self._domain, version_2=self._version_2)
+                if claimed.moved:
+                    # Whether or not the signature is right: nothing is answered before it was checked.
+                    head = authentication.unpresigned(head, claimed)
+                    headers = head.headers
             operation = operations.parse(head, self._domain)
             _, handling, bucket, key, params, *_ = operation
             if handling is not _READ:
                 return None
-            claimed = sigv4.claim_of(head)
+            if claimed is None:
+                claimed = authentication.claim_of(head, self._domain, version_2=self._version_2)
         except S3Error:
             return None
         assert bucket is not None and key is not None
@@ -237,7 +246,7 @@ class FastLane:
 
         A presigned URL comes again, byte for byte; a head with an Authorization carries a date and does not.
         """
-        if request.claimed.presigned is not None and len(data) <= _KNOWN_HEAD_BYTES:
+        if request.claimed.in_query and len(data) <= _KNOWN_HEAD_BYTES:
             if len(self._known) >= _KNOWN_MAX:
                 del self._known[next(iter(self._known))]
             self._known[data] = request

@@ -22,8 +22,8 @@ from aiohttp.web_request import BaseRequest
 
 from kos import metrics
 from kos.errors import OriginError, OriginRefused, S3Error
+from kos.s3 import authentication
 from kos.s3 import operation as operations
-from kos.s3 import sigv4
 from kos.s3.object_response import render_head
 from kos.s3.operation import Handling, Operation
 from kos.s3.sigv4 import Identity
@@ -76,9 +76,15 @@ class Pipeline:
         """The request, if it may be carried out; None when it was refused and answered."""
         parts, head = self._parts, exchange.head
         try:
-            exchange.operation = operation = operations.parse(head, parts.config.listen.domain)
-            identity = sigv4.verify(head, parts.secrets, parts.clock.now())
+            listen = parts.config.listen
+            exchange.operation = operation = operations.parse(head, listen.domain)
+            claimed = authentication.claim_of(head, listen.domain, version_2=listen.sigv2_query)
+            identity = claimed.check(parts.secrets, parts.clock.now())
             exchange.access_key = identity.access_key
+            if identity.presigned:
+                # What a presigned query says instead of a header is a header from here on.
+                exchange.head = head = authentication.unpresigned(head, claimed)
+                exchange.operation = operation = operations.parse(head, listen.domain)
         except S3Error as failure:
             try:
                 await self._fail(exchange, failure)

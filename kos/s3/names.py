@@ -3,8 +3,8 @@
 Owns: decoding and encoding by AWS's rules (everything but A-Z a-z 0-9 - . _ ~ is encoded, upper-case hex), the split of
 a target into bucket and key. Does not own: what is done to them (kos.s3.operation) or the signature (kos.s3.sigv4).
 
-Invariant: nothing is normalized. "//", "." and ".." are ordinary parts of a key, "+" is a plus, and the path is decoded
-before it is split, so two paths with one canonical form (and hence one signature) always mean the same object.
+Invariant: nothing is normalized. "//", "." and ".." are ordinary parts of a key, "+" in a path is a plus, and the path
+is decoded before it is split, so two paths with one canonical form (and hence one signature) always mean the same object.
 
 Sources: https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html (UriEncode);
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/ object-keys.html, VirtualHosting.html, bucketnamingrules.html
@@ -64,11 +64,16 @@ def canonical_path(raw: str) -> str:
     return quote_from_bytes(unquote_to_bytes(encoded), safe="/")
 
 
-def query_decode(raw: str) -> str:
-    """A name or value of a raw query, decoded; "+" is a plus. Bytes that are not UTF-8 become escaped surrogates."""
+def percent_decode(raw: str) -> str:
+    """Percent-encoded text, decoded; "+" is a plus. Bytes that are not UTF-8 become escaped surrogates."""
     if "%" not in raw:
         return raw
     return unquote_to_bytes(raw.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
+
+
+def query_decode(raw: str) -> str:
+    """A name or value of a raw query, decoded. "+" is a blank, as S3 reads what form encoders make of one."""
+    return percent_decode(raw.replace("+", " "))
 
 
 def parse_query(raw_query: str) -> list[tuple[str, str]]:
@@ -91,7 +96,7 @@ def split_target(raw_path: str, host: str, domain: str | None) -> tuple[str | No
     path = percent_decode_path(raw_path)
     if path[:1] != "/":
         raise S3Error("InvalidURI", extra={"URI": raw_path})
-    bucket = _bucket_of_host(host, domain) if domain else None
+    bucket = bucket_of_host(host, domain) if domain else None
     if bucket is not None:
         key = path[1:]
     elif path == "/":
@@ -105,7 +110,8 @@ def split_target(raw_path: str, host: str, domain: str | None) -> tuple[str | No
     return bucket, key
 
 
-def _bucket_of_host(host: str, domain: str) -> str | None:
+def bucket_of_host(host: str, domain: str) -> str | None:
+    """The bucket that a Host header names below domain; None if it names none."""
     name = host.lower()
     if not name.endswith("]"):
         bare, colon, port = name.rpartition(":")

@@ -35,7 +35,14 @@ from typing import Final, NamedTuple
 from kos.errors import S3Error
 from kos.s3 import names
 from kos.s3.head import Headers, RequestHead
-from kos.s3.sigv4_claim import AUTH_PARAMETERS, CACHE_COUNT, CACHE_LENGTH_MAX, cut_signature
+from kos.s3.sigv4_claim import (
+    AUTH_PARAMETERS,
+    CACHE_COUNT,
+    CACHE_LENGTH_MAX,
+    VERSION_2_PARAMETERS,
+    cut_signature,
+    is_version_2,
+)
 
 
 class Op(enum.Enum):
@@ -304,7 +311,7 @@ def _object_change(method: str, bucket: str | None, key: str, params: Mapping[st
 
 def _rename_sources(bucket: str | None, header: str) -> tuple[str, ...]:
     """The key that RenameObject takes away. The header may name the bucket or not; forgetting both readings is safe."""
-    source = names.query_decode(header).lstrip("/")
+    source = names.percent_decode(header).lstrip("/")
     prefix = f"{bucket}/"
     return tuple(text for text in {source, source.removeprefix(prefix)} if text)
 
@@ -334,8 +341,9 @@ def _query(raw_query: str) -> _Query:
 def _parse_query(raw_query: str) -> _Query:
     params: dict[str, str] = {}
     bypass_reason = None
+    authentication = AUTH_PARAMETERS | VERSION_2_PARAMETERS if is_version_2(raw_query) else AUTH_PARAMETERS
     for name, value in names.parse_query(raw_query):
-        if name in AUTH_PARAMETERS:
+        if name in authentication:
             continue
         if name in params:
             bypass_reason = bypass_reason or "repeated_parameter"

@@ -1,8 +1,8 @@
 """AWS Signature Version 4 for S3: checking what clients signed, signing what goes to an origin.
 
-Owns: the canonical request, the string to sign, derived keys, and the verdict. Does not own: the form of what a request
-says of its signature (kos.s3.sigv4_claim), bodies (kos.s3.aws_chunked and kos.s3.checksums take the Identity and go on
-from there), or who may do what.
+Owns: the canonical request, the string to sign, derived keys, and the verdict. Does not own: which mechanism a request
+uses (kos.s3.authentication), the form of what a request says of its signature (kos.s3.sigv4_claim), bodies
+(kos.s3.aws_chunked and kos.s3.checksums take the Identity and go on from there), or who may do what.
 
 Invariant: verify returns an Identity only after the signature over this very request was computed anew and compared in
 constant time. What is remembered between requests are pure functions of their arguments (how a query or a path is
@@ -32,7 +32,8 @@ from kos.s3.sigv4_claim import ALGORITHM, AUTH_PARAMETERS, EXPIRES_MAX_S, Claim,
 
 __all__ = [
     "ALGORITHM", "AUTH_PARAMETERS", "EMPTY_SHA256", "EXPIRES_MAX_S", "SKEW_MAX_S", "UNSIGNED_PAYLOAD", "Identity",
-    "Payload", "canonical_query", "chunk_signature", "presign", "sign_headers", "trailer_signature", "verify",
+    "Payload", "canonical_query", "chunk_signature", "payload_of", "presign", "sign_headers", "trailer_signature",
+    "verify",
 ]  # fmt: skip
 
 EMPTY_SHA256: Final = hashlib.sha256(b"").hexdigest()
@@ -124,6 +125,45 @@ class Claimed(NamedTuple):
         """Without the signature."""
         return f"Claimed({self.claim.credential.access_key}, {self.claim.credential.scope})"
 
+    @property
+    def access_key(self) -> str:
+        """See kos.s3.authentication.Claimed."""
+        return self.claim.credential.access_key
+
+    @property
+    def in_query(self) -> bool:
+        """See kos.s3.authentication.Claimed."""
+        return self.presigned is not None
+
+    @property
+    def moved(self) -> tuple[tuple[str, str], ...]:
+        """See kos.s3.authentication.Claimed."""
+        return () if self.presigned is None else self.presigned.moved
+
+    def is_claim(self, name: str) -> bool:
+        """See kos.s3.authentication.Claimed."""
+        return self.presigned is not None and name.lower().startswith("x-amz-")
+
+    def check(self, secrets: Mapping[str, str], now: float) -> Identity:
+        """The second half of verify(): the time, the secret, and the signature computed anew and compared."""
+        key = _check_signature(self, secrets, now)
+        credential = self.claim.credential
+        payload, payload_sha256 = _PAYLOADS.get(self.payload_hash), None
+        if payload is None:
+            payload, payload_sha256 = payload_of(self.payload_hash)
+        return Identity(
+            credential.access_key, payload, payload_sha256, self.provided, credential.scope, self.amz_date, key,
+            self.presigned is not None,
+        )  # fmt: skip
+
+    def holds(self, secrets: Mapping[str, str], now: float) -> bool:
+        """check() for who only wants to know whether the signature is right."""
+        try:
+            _check_signature(self, secrets, now)
+        except S3Error:
+            return False
+        return True
+
 
 def verify(head: RequestHead, secrets: Mapping[str, str], now: float) -> Identity:
     """Who signed this request; S3Error if nobody did, or not so that it may count.
@@ -132,7 +172,7 @@ def verify(head: RequestHead, secrets: Mapping[str, str], now: float) -> Identit
     not signed), InvalidAccessKeyId, SignatureDoesNotMatch, RequestTimeTooSkewed, InvalidToken (session tokens are
     unknown here), AuthorizationHeaderMalformed, AuthorizationQueryParametersError, InvalidArgument, InvalidRequest.
     """
-    return check(claim_of(head), secrets, now)
+    return claim_of(head).check(secrets, now)
 
 
 def claim_of(head: RequestHead) -> Claimed:
@@ -151,9 +191,11 @@ def claim_of(head: RequestHead) -> Claimed:
         claims.refuse_two_mechanisms()
     if provided is None:
         claims.refuse_incomplete_query()
-    if "x-amz-security-token" in headers:
+    if "AWSAccessKeyId=" in rest and claims.is_version_2(rest):
+        claims.refuse_two_mechanisms()
+    if not claims.TOKEN_HEADERS.isdisjoint(headers):
         raise S3Error("InvalidToken")
-    claim, amz_date, signed_at, expires_s, payload_hash, query = presigned
+    claim, amz_date, signed_at, expires_s, payload_hash, query, _ = presigned
     payload_hash = headers.get("x-amz-content-sha256") or payload_hash or UNSIGNED_PAYLOAD
     canonical = _canonical_request(head, claim, query, payload_hash)
     return Claimed(
@@ -168,9 +210,9 @@ def _claimed_in_header(head: RequestHead, authorization: str) -> Claimed:
     claim = claims.header_claim(text)
     if not provided:
         claims.refuse_header(claims.HEADER_NEEDS)
-    if claims.is_version_2(head.raw_query):
+    if "AWSAccessKeyId=" in head.raw_query and claims.is_version_2(head.raw_query):
         claims.refuse_two_mechanisms()
-    if "x-amz-security-token" in headers or "x-amz-s3session-token" in headers:
+    if not claims.TOKEN_HEADERS.isdisjoint(headers):
         raise S3Error("InvalidToken")
     amz_date, signed_at = claims.header_date(headers)
     if amz_date[:8] != claim.credential.date:
@@ -202,19 +244,13 @@ def _canonical_request(head: RequestHead, claim: Claim, query: str, payload_hash
     return f"{head.method}\n{path}\n{query}\n{lines}\n{claim.signed_headers}\n{payload_hash}"
 
 
-def check(claimed: Claimed, secrets: Mapping[str, str], now: float) -> Identity:
-    """The second half of verify(): the time, the secret, and the signature computed anew and compared."""
-    key = _check_signature(claimed, secrets, now)
-    credential, payload_hash = claimed.claim.credential, claimed.payload_hash
+def payload_of(payload_hash: str) -> tuple[Payload, str | None]:
+    """What x-amz-content-sha256 says: the kind, and the body's hash in lower-case hex where it gives one.
+
+    Raises InvalidArgument for anything else.
+    """
     payload = _PAYLOADS.get(payload_hash)
-    payload_sha256 = None
-    if payload is None:
-        payload = Payload.SIGNED
-        payload_sha256 = _hex_sha256(payload_hash)
-    return Identity(
-        credential.access_key, payload, payload_sha256, claimed.provided, credential.scope, claimed.amz_date, key,
-        claimed.presigned is not None,
-    )  # fmt: skip
+    return (Payload.SIGNED, _hex_sha256(payload_hash)) if payload is None else (payload, None)
 
 
 def _check_signature(claimed: Claimed, secrets: Mapping[str, str], now: float) -> bytes:
@@ -248,15 +284,6 @@ def _check_signature(claimed: Claimed, secrets: Mapping[str, str], now: float) -
             },
         )
     return key.key
-
-
-def holds(claimed: Claimed, secrets: Mapping[str, str], now: float) -> bool:
-    """check() for who only wants to know whether the signature is right."""
-    try:
-        _check_signature(claimed, secrets, now)
-    except S3Error:
-        return False
-    return True
 
 
 def _header_lines(headers: Mapping[str, str], signed_names: tuple[str, ...]) -> str:

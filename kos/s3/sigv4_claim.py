@@ -34,6 +34,13 @@ AUTH_PARAMETERS: Final = frozenset(
         "X-Amz-Security-Token", "X-Amz-Content-Sha256",
     }
 )  # fmt: skip
+#: Those that clients also write in lower case, as the headers that they stand for.
+_CASELESS: Final = {"x-amz-content-sha256": "X-Amz-Content-Sha256", "x-amz-security-token": "X-Amz-Security-Token"}
+_AUTH_NAMES: Final = frozenset(name.lower() for name in AUTH_PARAMETERS)
+#: Session tokens, which nobody has given out here.
+TOKEN_HEADERS: Final = frozenset({"x-amz-security-token", "x-amz-s3session-token"})
+#: The parameters of a query that is signed by version 2: they count only when all of them are there.
+VERSION_2_PARAMETERS: Final = frozenset({"AWSAccessKeyId", "Expires", "Signature"})
 _REQUIRED_PARAMETERS: Final = (
     "X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Date", "X-Amz-Expires", "X-Amz-SignedHeaders",
 )  # fmt: skip
@@ -49,6 +56,9 @@ CACHE_LENGTH_MAX: Final = 1024
 _QUERY_NEEDS: Final = (
     "Query-string authentication version 4 requires the X-Amz-Algorithm, X-Amz-Credential, X-Amz-Signature, "
     "X-Amz-Date, X-Amz-SignedHeaders, and X-Amz-Expires parameters."
+)
+_VERSION_2_NEEDS: Final = (
+    "Query-string authentication requires the Signature, Expires and AWSAccessKeyId parameters, each of them once"
 )
 HEADER_NEEDS: Final = "the authorization header requires three components: Credential, SignedHeaders, and Signature."
 _NOT_SUPPORTED: Final = f"The authorization mechanism you have provided is not supported. Please use {ALGORITHM}."
@@ -76,7 +86,10 @@ class Claim(NamedTuple):
 
 
 class PresignClaim(NamedTuple):
-    """The claim in a query. signed_at: epoch seconds; payload_hash: X-Amz-Content-Sha256, None if it was not given."""
+    """The claim in a query. signed_at: epoch seconds; payload_hash: X-Amz-Content-Sha256, None if it was not given.
+
+    moved: headers that the client moved into the query, as SDKs do with x-amz-*; names in lower case, each once.
+    """
 
     claim: Claim
     amz_date: str
@@ -84,6 +97,7 @@ class PresignClaim(NamedTuple):
     expires_s: int
     payload_hash: str | None
     canonical_query: str
+    moved: tuple[tuple[str, str], ...]
 
 
 def cut_signature(raw_query: str) -> tuple[str, str | None]:
@@ -107,12 +121,22 @@ def presign_claim(query: str) -> PresignClaim | None:
 
 def _parse_presign_claim(query: str) -> PresignClaim | None:
     pairs = names.parse_query(query)
-    found = {name: value for name, value in pairs if name in AUTH_PARAMETERS}
+    found: dict[str, str] = {}
+    moved: dict[str, str] = {}
+    repeated = False
+    for name, value in pairs:
+        lower = name.lower()
+        name = _CASELESS.get(lower, name)
+        if name in AUTH_PARAMETERS:
+            repeated = repeated or name in found
+            found[name] = value
+        elif lower.startswith("x-amz-") and lower not in _AUTH_NAMES:
+            moved[lower] = f"{moved[lower]},{value}" if lower in moved else value
     if not found.keys() - {"X-Amz-Content-Sha256"}:
         return None
-    if sum(name in found for name, _ in pairs) != len(found) or "X-Amz-Signature" in found:
+    if repeated or "X-Amz-Signature" in found:
         refuse_query("An authentication parameter is given more than once.")
-    if "X-Amz-Security-Token" in found:
+    if "X-Amz-Security-Token" in found or not TOKEN_HEADERS.isdisjoint(moved):
         raise S3Error("InvalidToken")
     if any(name not in found for name in _REQUIRED_PARAMETERS):
         refuse_incomplete_query()
@@ -134,7 +158,9 @@ def _parse_presign_claim(query: str) -> PresignClaim | None:
     claim = Claim(credential, signed_headers, signed_names)
     expires_s = _expires(found["X-Amz-Expires"])
     payload_hash = found.get("X-Amz-Content-Sha256")
-    return PresignClaim(claim, amz_date, signed_at, expires_s, payload_hash, canonical_query(pairs))
+    return PresignClaim(
+        claim, amz_date, signed_at, expires_s, payload_hash, canonical_query(pairs), tuple(moved.items())
+    )
 
 
 def _expires(text: str) -> int:
@@ -317,9 +343,20 @@ def refuse_unclaimed(head: RequestHead) -> NoReturn:
     """A request without a claim: anonymous, or signed by a mechanism that is not spoken here."""
     if is_version_2(head.raw_query):
         raise S3Error("InvalidRequest", _NOT_SUPPORTED)
+    if {"AWSAccessKeyId", "Signature"} & _raw_names(head.raw_query):
+        refuse_version_2()
     raise S3Error("AccessDenied")
 
 
 def is_version_2(raw_query: str) -> bool:
     """Whether a query is signed by signature version 2."""
-    return "AWSAccessKeyId=" in raw_query and "Signature=" in raw_query
+    return "AWSAccessKeyId=" in raw_query and _raw_names(raw_query) >= VERSION_2_PARAMETERS
+
+
+def _raw_names(raw_query: str) -> set[str]:
+    return {piece.partition("=")[0] for piece in raw_query.split("&")}
+
+
+def refuse_version_2() -> NoReturn:
+    """A query that is signed by version 2 in part, or ambiguously."""
+    raise S3Error("AccessDenied", _VERSION_2_NEEDS)

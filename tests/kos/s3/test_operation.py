@@ -200,9 +200,17 @@ def test_a_key_that_could_be_the_name_of_a_version_is_never_cached() -> None:
 
 
 def test_authentication_is_no_part_of_the_operation() -> None:
-    query = "X-Amz-Algorithm=a&X-Amz-Credential=c&X-Amz-Signature=s&response-expires=a+b%20c&X-Amz-Date=d"
+    query = "X-Amz-Algorithm=a&X-Amz-Credential=c&X-Amz-Signature=s&response-expires=a%2Bb%20c&X-Amz-Date=d"
     found = operation(f"GET /bkt/k?{query}")
     assert found.handling is Handling.READ and dict(found.params) == {"response-expires": "a+b c"}
+    query = "AWSAccessKeyId=a&Expires=1&Signature=s"
+    found = operation(f"GET /bkt/k?{query}&response-expires=e")
+    assert found.handling is Handling.READ and dict(found.params) == {"response-expires": "e"}
+    # Of the three that sign by version 2 none means anything without the others.
+    for name in ("AWSAccessKeyId", "Expires", "Signature"):
+        left = "&".join(piece for piece in query.split("&") if not piece.startswith(name))
+        found = operation(f"GET /bkt/k?{left}")
+        assert (found.handling, found.bypass_reason) == (Handling.FORWARD, "unknown_parameter")
 
 
 def test_parameters_cannot_be_changed() -> None:
