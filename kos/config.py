@@ -74,7 +74,6 @@ __all__ = [
 class Listen(msgspec.Struct, frozen=True, kw_only=True):
     """Where this node listens: HOST:PORT each; port 0 takes a free one. domain: for virtual-hosted buckets.
     sigv2_query: whether links signed by version 2 are taken.
-    sigv2_query: whether links signed by version 2 are taken.
 
     s3 is http, s3_tls https; either may be None. The certificate's files are read by kos.tls, not here: they change
     while the node runs.
