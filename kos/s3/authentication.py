@@ -31,10 +31,6 @@ class Claimed(Protocol):
         """Who says to have signed."""
 
     @property
-    def access_key(self) -> str:
-        """Who says to have signed."""
-
-    @property
     def in_query(self) -> bool:
         """Whether the query is signed (a presigned URL, which comes again as it is), and not a header."""
 
