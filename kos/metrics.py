@@ -70,6 +70,22 @@ CACHING: Final = Gauge(
     "kos_caching", "1 while new blocks are stored, 0 while caching is off", multiprocess_mode="livemostrecent"
 )
 TASK_FAILURES: Final = Counter("kos_task_failures_total", "Tasks that ended by an unexpected exception", ["owner"])
+TLS_HANDSHAKES: Final = Counter(
+    "kos_tls_handshakes_total",
+    "TLS handshakes of clients. result: done, failed, not_tls (plain http), timeout, lost (the client left), "
+    "turned_away (at the limit of connections)",
+    ["result"],
+)
+# With a label, for a metric without one would be there, and 0, in processes that never set it.
+TLS_NOT_AFTER: Final = Gauge(
+    "kos_tls_not_after_seconds",
+    "End of the certificate's validity, seconds since the epoch; the earliest of all workers",
+    ["port"],
+    multiprocess_mode="livemin",
+)
+TLS_RELOAD_FAILURES: Final = Counter(
+    "kos_tls_reload_failures_total", "Certificate files that had changed and were not taken: each complaint once"
+)
 ACCESS_LOG_DROPPED: Final = Counter(
     "kos_access_log_dropped_total", "Access log lines dropped because the queue was full"
 )

@@ -10,8 +10,6 @@ connection.
 
 from __future__ import annotations
 
-import asyncio
-import os
 from collections.abc import Sequence
 from typing import Final
 
@@ -30,8 +28,6 @@ from kosproxy.server import Connection
 
 #: Up to here head and body are copied together into one write; above, two writes cost less than the copy.
 _JOIN_BYTES: Final = 64 * 1024
-#: Read at once where bytes must pass through this process (TLS).
-_COPY_BYTES: Final = 256 * 1024
 
 Header = tuple[str, str]
 
@@ -141,9 +137,6 @@ class Exchange:
         """A piece of a file as part of the body."""
         assert not self._chunked
         relay = self.connection.relay()
-        if relay is None:
-            await self._copy(piece)
-            return
         await self.connection.settle()
         head, self._pending = self._pending, b""
         self._leaving()
@@ -151,17 +144,6 @@ class Exchange:
             await relay.send(head, (piece,))
         finally:
             self.sent_bytes += max(0, relay.sent_bytes - len(head))
-
-    async def _copy(self, piece: Slice) -> None:
-        loop = asyncio.get_running_loop()
-        at, stop = piece.offset, piece.offset + piece.length
-        while at < stop:
-            count = min(_COPY_BYTES, stop - at)
-            data = await loop.run_in_executor(self.parts.threads, os.pread, piece.fd, count, at)
-            if not data:
-                raise BrokenOff("the segment file ended early")
-            at += len(data)
-            await self.write(data)
 
     async def finish(self) -> None:
         """The body is complete."""

@@ -118,7 +118,7 @@ class FastLane:
         started = self._monotonic()
         known = self._known.get(data)
         request = known or self._parse(data)
-        if request is None or connection.socket is None:
+        if request is None:
             return False
         now = self._now()
         try:
@@ -160,7 +160,7 @@ class FastLane:
         """
         request, sight, template, validated_at, labels, line = again
         transport = connection.transport
-        if transport is None or connection.socket is None:
+        if transport is None:
             return False
         now = self._now()
         if not request.claimed.holds(self._secrets, now) or not self._still(sight, now):
@@ -283,11 +283,11 @@ class FastLane:
         return True
 
     def _relay(self, connection: Connection, head: bytes, pieces: Sequence[FilePiece], served: _Served) -> bool:
-        """Send a body by sendfile, now or as the client takes it."""
-        relay = connection.relay()
-        if relay is None or not connection.quiet:
+        """Send a body by sendfile, or by copying over TLS, now or as the client takes it."""
+        if not connection.quiet:
             self._give_back(pieces)
             return False
+        relay = connection.relay()
         connection.in_fast = True
         first_byte = self._monotonic()
 

@@ -11,12 +11,13 @@ descriptor that were given back earlier could be another file's by the time a th
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import os
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 #: One sendfile: large enough that the call costs nothing beside the copy, small enough that the residency of its two
 #: ends says something about what is between them.
@@ -58,7 +59,50 @@ def resident(fd: int, offset: int) -> bool:
     return True
 
 
-class Relay:
+class Sender(abc.ABC):
+    """What Relay and kosproxy.copying.Copier have in common."""
+
+    __slots__ = ()
+    _loop: asyncio.AbstractEventLoop
+
+    @property
+    @abc.abstractmethod
+    def running(self) -> asyncio.Future[Any] | None:
+        """The thread that reads a slice at this moment."""
+
+    @abc.abstractmethod
+    def start(self, head: bytes, slices: Sequence[Slice], done: Done) -> None: ...
+
+    @abc.abstractmethod
+    def abort(self, reason: BaseException) -> None: ...
+
+    async def send(self, head: bytes, slices: Sequence[Slice]) -> None:
+        """start() for a coroutine. Returns or raises only when no thread uses the slices any more."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+
+        def done(failure: BaseException | None) -> None:
+            if waiter.done():
+                return
+            if failure is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(failure)
+
+        self.start(head, slices, done)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            self.abort(RelayFailed("cancelled"))
+            while (thread := self.running) is not None:
+                # The thread reads at most one window: the cancellation is late, not lost.
+                try:
+                    await asyncio.wait((thread,))
+                except asyncio.CancelledError:
+                    continue
+            raise
+
+
+class Relay(Sender):
     """Sends one response at a time on one connection. Not to be used while the transport itself holds unsent bytes."""
 
     __slots__ = (
@@ -101,6 +145,14 @@ class Relay:
         #: loop time of the last byte that the client took
         self.moved_at = 0.0
 
+    @property
+    def running(self) -> asyncio.Future[int] | None:
+        return self._thread
+
+    def silent_s(self, now: float) -> float:
+        """For how long the client has taken nothing of what it is being sent. now: loop time."""
+        return now - self.moved_at if self.busy else 0.0
+
     def start(self, head: bytes, slices: Sequence[Slice], done: Done) -> None:
         """Send head, then slices, then call done(None); done(reason) when that failed. done may be called at once."""
         assert not self.busy, "one response at a time"
@@ -115,31 +167,6 @@ class Relay:
         self._failure = None
         self.moved_at = self._loop.time()
         self._turn()
-
-    async def send(self, head: bytes, slices: Sequence[Slice]) -> None:
-        """start() for a coroutine. Returns or raises only when no thread uses the slices any more."""
-        waiter: asyncio.Future[None] = self._loop.create_future()
-
-        def done(failure: BaseException | None) -> None:
-            if waiter.done():
-                return
-            if failure is None:
-                waiter.set_result(None)
-            else:
-                waiter.set_exception(failure)
-
-        self.start(head, slices, done)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            self.abort(RelayFailed("cancelled"))
-            while self._thread is not None:
-                # The thread reads at most one window: the cancellation is late, not lost.
-                try:
-                    await asyncio.wait((self._thread,))
-                except asyncio.CancelledError:
-                    continue
-            raise
 
     def abort(self, reason: BaseException) -> None:
         """Stop sending; done(reason) follows at once, or as soon as a running thread has let go of its slice."""

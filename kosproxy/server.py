@@ -28,6 +28,7 @@ from aiohttp.web_server import Server
 
 from kos.config import Limits
 from kos.errors import S3Error
+from kosproxy.copying import PIECE_BYTES, Copier
 from kosproxy.relay import Relay
 
 _HEAD_END: Final = b"\r\n\r\n"
@@ -106,7 +107,7 @@ class Connection(RequestHandler):
         self._head_bytes = 0
         self._head_since = 0.0
         self._held: list[bytes] = []
-        self._relay: Relay | None = None
+        self._relay: Relay | Copier | None = None
         self._discarding = False
         self._discarded_bytes = 0
         self._drained: asyncio.Future[None] | None = None
@@ -116,7 +117,7 @@ class Connection(RequestHandler):
         self._waiting_since = 0.0
         #: whether a response of the fast lane is under way
         self.in_fast = False
-        #: the transport's socket; None where bytes must not go past the transport (TLS)
+        #: the transport's socket; None where bytes must not go past the transport (kosproxy.tls)
         self.socket: socket.socket | None = None
         #: the peer's address, for the log
         self.client = ""
@@ -134,10 +135,13 @@ class Connection(RequestHandler):
         """Whether no further request is wanted."""
         return self._edge.draining
 
-    def relay(self) -> Relay | None:
-        """This connection's relay, made when first needed; None where the transport must see every byte."""
-        if self._relay is None and self.socket is not None:
-            self._relay = Relay(self._loop, self.socket, self._edge.threads)
+    def relay(self) -> Relay | Copier:
+        """What sends pieces of files on this connection, made when first needed."""
+        if self._relay is None:
+            if self.socket is not None:
+                self._relay = Relay(self._loop, self.socket, self._edge.threads)
+            else:
+                self._relay = Copier(self._loop, self, self._edge.threads, self._edge.copy_buffer)
         return self._relay
 
     async def send(self, data: bytes | memoryview) -> None:
@@ -182,7 +186,7 @@ class Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)
-        if len(self._edge.connections) >= self._edge.limits.connections or self._edge.draining:
+        if self._edge.full or self._edge.draining:
             transport.write(self._edge.turned_away)
             self._force_close = True
             transport.close()
@@ -190,12 +194,9 @@ class Connection(RequestHandler):
         super().connection_made(transport)
         self._wire = transport
         # Nothing waits in the transport unnoticed: a sender is paused until the kernel has all it was given.
+        transport.set_write_buffer_limits(high=0)
         if transport.get_extra_info("ssl_object") is None:
-            transport.set_write_buffer_limits(high=0)
             self.socket = transport.get_extra_info("socket")
-        else:
-            # The loops' TLS transports take 0 for "paused as long as there are no bytes", too.
-            transport.set_write_buffer_limits(high=1, low=0)
         peer = transport.get_extra_info("peername")
         self.client = str(peer[0]) if peer else ""
 
@@ -215,6 +216,8 @@ class Connection(RequestHandler):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._waiting_since = 0.0
+        if isinstance(self._relay, Copier):
+            self._relay.resume()
 
     def eof_received(self) -> None:
         self._end_discarding()
@@ -334,7 +337,7 @@ class Connection(RequestHandler):
         limits = self._edge.limits
         if self._head_since and now - self._head_since > limits.header_timeout_s:
             self.refuse(S3Error("RequestTimeout"))
-        if self._relay is not None and self._relay.busy and now - self._relay.moved_at > limits.send_timeout_s:
+        if self._relay is not None and self._relay.silent_s(now) > limits.send_timeout_s:
             self._give_up()
         if self._waiting_since and self._wire is not None:
             left = self._wire.get_write_buffer_size()
@@ -363,6 +366,14 @@ class Connection(RequestHandler):
             self.force_close()
 
 
+class Handshake(Protocol):
+    """A client that is not yet a connection."""
+
+    def check_clock(self, now: float, timeout_s: float) -> None: ...
+
+    def abort(self) -> None: ...
+
+
 class Edge(Server):
     """The listening side of one worker: makes connections, looks after their clocks, drains them."""
 
@@ -378,6 +389,10 @@ class Edge(Server):
         self.threads = threads
         self.turned_away = turned_away
         self.draining = False
+        #: clients of a TLS port whose handshake is not done; they count as connections
+        self.handshakes: set[Handshake] = set()
+        #: for all copiers: nothing else runs between filling and sending it
+        self.copy_buffer = memoryview(bytearray(PIECE_BYTES))
         self._options: dict[str, Any] = {
             "keepalive_timeout": limits.keepalive_s,
             "access_log": None,
@@ -392,6 +407,11 @@ class Edge(Server):
         self._interval_s = min(1.0, *(clock / 4 for clock in clocks))
         self._timer = self._loop.call_later(self._interval_s, self._check_clocks)
 
+    @property
+    def full(self) -> bool:
+        """Whether the next client would be one too many."""
+        return len(self._connections) + len(self.handshakes) >= self.limits.connections
+
     def __call__(self) -> Connection:
         return Connection(self, loop=self._loop, **self._options)
 
@@ -405,11 +425,15 @@ class Edge(Server):
         for connection in self.connections:
             assert isinstance(connection, Connection)
             connection.check_clocks(now)
+        for handshake in tuple(self.handshakes):
+            handshake.check_clock(now, self.limits.header_timeout_s)
         self._timer = self._loop.call_later(self._interval_s, self._check_clocks)
 
     async def drain(self, timeout_s: float) -> None:
         """Close what is idle, let responses under way finish for at most timeout_s, then end the rest."""
         self.draining = True
+        for handshake in tuple(self.handshakes):
+            handshake.abort()
         deadline = self._loop.time() + timeout_s
         while self._connections:
             for connection in self.connections:

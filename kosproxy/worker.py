@@ -23,7 +23,7 @@ from typing import Final
 
 import uvloop
 
-from kos import config, log, metrics, tls
+from kos import config, log, metrics
 from kos.clock import Clock
 from kos.config import Config
 from kos.errors import ConfigError
@@ -35,10 +35,12 @@ from kos.rules import Rules
 from kos.tasks import Tasks
 from koscache.carrier import Carrier
 from koscache.reader import Reader
+from kosproxy.certificate import Certificate
 from kosproxy.parts import Parts
 from kosproxy.pipeline import Pipeline
-from kosproxy.render import turned_away
+from kosproxy.render import not_tls, turned_away
 from kosproxy.server import Edge
+from kosproxy.tls import TlsEdge
 
 #: Threads that wait for the disk on behalf of clients; each at most one window of a file at a time.
 DISK_THREADS: Final = 8
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             listen(f"listen.{name}", at, backlog) if at is not None else None
             for name, at in zip(("s3", "s3_tls"), addresses, strict=True)
         )
-        certificate = tls.load(settings.listen) if https is not None else None
+        certificate = Certificate(settings.listen) if https is not None else None
         uvloop.run(serve(settings, http, https, certificate, status))
     except ConfigError as error:
         status.failed(str(error))
@@ -105,7 +107,7 @@ async def serve(
     settings: Config,
     http: socket.socket | None,
     https: socket.socket | None,
-    certificate: tls.Loaded | None,
+    certificate: Certificate | None,
     status: ChildStatus,
 ) -> None:
     """Answer requests on the listening sockets until SIGTERM or SIGINT, then drain."""
@@ -114,21 +116,15 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with parts_of(settings) as parts:
-        loop.add_signal_handler(signal.SIGHUP, parts.access_log.reopen)
+        loop.add_signal_handler(signal.SIGHUP, _hangup, parts.access_log, certificate)
         edge = Edge(Pipeline(parts), settings.limits, parts.threads, turned_away())
         servers = []
         if http is not None:
             servers.append(await loop.create_server(edge, sock=http, backlog=settings.limits.backlog))
         if https is not None and certificate is not None:
-            servers.append(
-                await loop.create_server(
-                    edge,
-                    sock=https,
-                    backlog=settings.limits.backlog,
-                    ssl=certificate.context,
-                    ssl_handshake_timeout=settings.limits.header_timeout_s,
-                )
-            )
+            tls_edge = TlsEdge(edge, certificate.context, not_tls())
+            servers.append(await loop.create_server(tls_edge, sock=https, backlog=settings.limits.backlog))
+            parts.tasks.spawn(certificate.watch(parts.clock, parts.threads), "certificate")
         # What lives now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
@@ -176,6 +172,12 @@ async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterato
             threads=threads,
             hashers=hashers,
         )
+
+
+def _hangup(access_log: AccessLog, certificate: Certificate | None) -> None:
+    access_log.reopen()
+    if certificate is not None:
+        certificate.reload()
 
 
 async def _tell(parts: Parts, status: ChildStatus) -> None:

@@ -24,8 +24,10 @@ from kos.tasks import Tasks
 from kosproxy.access_log import Line
 from kosproxy.parts import Parts
 from kosproxy.pipeline import Pipeline
-from kosproxy.render import turned_away
+from kosproxy.render import not_tls, turned_away
 from kosproxy.server import Connection, Edge
+from kosproxy.tls import TlsEdge
+from tests.fakes import certificates
 from tests.fakes.carrier import NOW
 
 ACCESS_KEY: Final = "kostestkey"
@@ -79,9 +81,12 @@ class Proxy:
         self._clock = clock or StandingClock()
         self._settings = settings
         self.port = 0
+        #: the same over TLS, with tests.fakes.certificates.server()
+        self.tls_port = 0
         self.tasks = Tasks("proxy")
         self.edge: Edge | None = None
         self.origin: Any = None
+        self.parts: Parts | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
 
@@ -131,14 +136,19 @@ class Proxy:
                 threads=threads,
                 hashers=threads,
             )
+            self.parts = parts
             parts.request_ids._next = 1
             lanes = Pipeline(parts) if self._lanes == "both" else _SlowOnly(parts)
             self.edge = Edge(lanes, settings.limits, threads, turned_away())
             server = await self.loop.create_server(self.edge, "127.0.0.1", 0)
             self.port = server.sockets[0].getsockname()[1]
+            context = certificates.server().context()
+            secure = await self.loop.create_server(TlsEdge(self.edge, lambda: context, not_tls()), "127.0.0.1", 0)
+            self.tls_port = secure.sockets[0].getsockname()[1]
             ready.set()
             await self._stop.wait()
             server.close()
+            secure.close()
             await self.edge.drain(1.0)
             await self.tasks.close(1.0)
             if self.origin is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,10 +22,12 @@ from kos.s3.names import encode_key
 from kos.s3.object_response import ObjectMeta
 from kos.s3.sigv4 import canonical_query, presign, sign_headers
 from koscache.carrier import Freshness, version_name
+from tests.fakes import certificates
 from tests.fakes.carrier import BLOCK, FakeCarrier
 from tests.fakes.proxy import ACCESS_KEY, NOW, SECRET_KEY, Proxy
 
 HOST = "kos.test:9000"
+TRUSTING = certificates.client_context()
 MODIFIED = "Wed, 01 Jul 2026 10:00:00 GMT"
 SIZES = {"empty": 0, "tiny": 1, "small": 4096, "odd": 33_333, "blocks": 3 * BLOCK + 5, "large": 2_500_000}
 BODIES = {name: random.Random(size).randbytes(size) for name, size in SIZES.items()}
@@ -152,8 +155,15 @@ class Answer:
     body: bytes
 
 
-def ask(port: int, wire: bytes) -> Answer:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+def connect(proxy: Proxy, secure: bool) -> socket.socket:
+    if not secure:
+        return socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
+    plain = socket.create_connection(("127.0.0.1", proxy.tls_port), timeout=20)
+    return TRUSTING.wrap_socket(plain, server_hostname="127.0.0.1")
+
+
+def ask(proxy: Proxy, wire: bytes, secure: bool = False) -> Answer:
+    with connect(proxy, secure) as connection:
         connection.sendall(wire)
         received = b""
         while b"\r\n\r\n" not in received:
@@ -172,8 +182,12 @@ def ask(port: int, wire: bytes) -> Answer:
             piece = connection.recv(1 << 20)
             assert piece, "broken off"
             body += piece
-        connection.shutdown(socket.SHUT_WR)
-        body += b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        if isinstance(connection, ssl.SSLSocket):
+            # Sends the client's close_notify and waits for the other: whatever came before it would be an error.
+            connection.unwrap().close()
+        else:
+            connection.shutdown(socket.SHUT_WR)
+            body += b"".join(iter(lambda: connection.recv(1 << 16), b""))
     body = re.sub(rb"<RequestId>\w+</RequestId>", b"", body)
     # A document's length is in its head as well, request id included: both have the same number of characters.
     return Answer(status, headers, body)
@@ -188,14 +202,14 @@ def body_of(request: Request) -> bytes:
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(request=REQUESTS)
-def test_both_lanes_give_the_same_answer(pair: Pair, request: Request) -> None:
+@given(request=REQUESTS, secure=st.sampled_from([False, False, True]))
+def test_both_lanes_give_the_same_answer(pair: Pair, request: Request, secure: bool) -> None:
     wire = request.wire()
-    both, slow = ask(pair.both.port, wire), ask(pair.slow.port, wire)
+    both, slow = ask(pair.both, wire, secure), ask(pair.slow, wire, secure)
     assert both == slow
     # Out of what the ones before left to be remembered: the parsed head, then all but what may change.
-    assert ask(pair.both.port, wire) == both
-    assert ask(pair.both.port, wire) == both
+    assert ask(pair.both, wire, not secure) == both
+    assert ask(pair.both, wire, secure) == both
     if both.status in (200, 206) and request.method == "GET":
         body = body_of(request)
         found = dict(both.headers).get("Content-Range")
@@ -214,14 +228,15 @@ def test_both_lanes_give_the_same_answer(pair: Pair, request: Request) -> None:
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("presigned", [True, False])
+@pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
 def test_plain_requests_take_the_fast_lane(
-    pair: Pair, key: str, headers: dict[str, str], method: str, presigned: bool
+    pair: Pair, key: str, headers: dict[str, str], method: str, presigned: bool, secure: bool
 ) -> None:
     """So that the property above is not true for the reason that everything was slow."""
     if key == "empty" and "Range" in headers:
         return
     before = len(pair.both.lines)
-    answer = ask(pair.both.port, Request(method, key, (), tuple(headers.items()), presigned, "").wire())
+    answer = ask(pair.both, Request(method, key, (), tuple(headers.items()), presigned, "").wire(), secure)
     assert answer.status in (200, 206, 304)
     (line,) = pair.both.lines[before:]
     assert (line.lane, line.status, line.bytes) == ("fast", answer.status, len(answer.body))
@@ -234,7 +249,7 @@ def test_versions_take_the_fast_lane_as_well(pair: Pair, version_id: str, presig
     request = Request("GET", VERSIONED, (("versionId", version_id),), (), presigned, "")
     for _ in range(3):
         before = len(pair.both.lines)
-        assert ask(pair.both.port, request.wire()).body == VERSIONS[version_id]
+        assert ask(pair.both, request.wire()).body == VERSIONS[version_id]
         (line,) = pair.both.lines[before:]
         assert (line.lane, line.key, line.phase) == ("fast", VERSIONED, "hit")
 
@@ -242,7 +257,7 @@ def test_versions_take_the_fast_lane_as_well(pair: Pair, version_id: str, presig
 @pytest.mark.parametrize("key", ["expired", "elsewhere", "absent"])
 def test_what_is_not_a_plain_hit_takes_the_slow_lane(pair: Pair, key: str) -> None:
     before = len(pair.both.lines)
-    ask(pair.both.port, Request("GET", key, (), (), False, "").wire())
+    ask(pair.both, Request("GET", key, (), (), False, "").wire())
     assert [line.lane for line in pair.both.lines[before:]] == ["slow"]
 
 
@@ -253,5 +268,5 @@ def test_only_right_signatures_are_remembered(pair: Pair) -> None:
     known.clear()
     padding = (("X-Padding", "x" * 4096),)
     for headers, spoil, remembered in (((), "secret", 0), ((), "time", 0), (padding, "", 0), ((), "", 1)):
-        answer = ask(pair.both.port, Request("GET", KEYS[0], (), headers, True, spoil).wire())
+        answer = ask(pair.both, Request("GET", KEYS[0], (), headers, True, spoil).wire())
         assert (answer.status, len(known)) == (403 if spoil else 200, remembered)
