@@ -12,9 +12,10 @@ The theory on one page. S3 tells operations apart by four things, looked at in t
 
 Authentication parameters, response-* overrides, x-id (which SDKs add) and x-* parameters never name an operation.
 
-Then it is handled in one of three ways. READ: an object read that the cache may answer. WRITE: something that changes
-what reads of an object show, body or headers; the cache must forget the keys in `forgets` (those of DeleteObjects are
-in its body). FORWARD: the cache has no business with it; it is passed on as it is. A read that the cache must not
+Then it is handled in one of four ways. READ: an object read that the cache may answer. LIST: a listing of objects, the
+same. WRITE: something that changes what reads of an object show, body or headers, or what listings do; the cache must
+forget the keys in `forgets` (those of DeleteObjects are in its body; a write to a bucket itself has none). FORWARD: the
+cache has no business with it; it is passed on as it is. A read that the cache must not
 answer (a part, a customer's key, anything unknown) is FORWARD with a bypass_reason.
 
 Invariant: what is not understood is never answered from the cache, and whatever might change an object is a WRITE: an
@@ -95,6 +96,7 @@ class Handling(enum.Enum):
     """What the cache has to do with an operation."""
 
     READ = "read"
+    LIST = "list"
     WRITE = "write"
     FORWARD = "forward"
 
@@ -120,7 +122,7 @@ class Operation(NamedTuple):
     version_id: str | None = None
 
 
-_READ, _WRITE, _FORWARD = Handling.READ, Handling.WRITE, Handling.FORWARD
+_READ, _LIST, _WRITE, _FORWARD = Handling.READ, Handling.LIST, Handling.WRITE, Handling.FORWARD
 
 _Table = dict[str, tuple[tuple[str, Op, Handling], ...]]
 
@@ -169,7 +171,7 @@ _OF_CURRENT: Final = frozenset({Op.PutObject, Op.CopyObject, Op.CompleteMultipar
 #: Sub-resources of a bucket that are operations of a name of their own.
 _BUCKET: Final[_Table] = {
     "GET": (
-        ("list-type", Op.ListObjectsV2, _FORWARD),
+        ("list-type", Op.ListObjectsV2, _LIST),
         ("versions", Op.ListObjectVersions, _FORWARD),
         ("uploads", Op.ListMultipartUploads, _FORWARD),
         ("location", Op.GetBucketLocation, _FORWARD),
@@ -178,7 +180,8 @@ _BUCKET: Final[_Table] = {
     "POST": (("delete", Op.DeleteObjects, _WRITE),),
 }
 
-#: Sub-resources of a bucket that are read by GET and changed by PUT, POST and DELETE, and touch no object.
+#: Sub-resources of a bucket that are read by GET and changed by PUT, POST and DELETE, and touch no object. Changing one is
+#: a WRITE for listings: they may show something else, or be refused, afterwards.
 _BUCKET_SETTINGS: Final = (
     "abac", "accelerate", "acl", "analytics", "cors", "encryption", "intelligent-tiering", "inventory", "lifecycle",
     "logging", "metadataConfiguration", "metadataInventoryTable", "metadataJournalTable", "metadataTable", "metrics",
@@ -186,11 +189,12 @@ _BUCKET_SETTINGS: Final = (
     "requestPayment", "tagging", "versioning", "website",
 )  # fmt: skip
 
+#: Making and removing a bucket is a WRITE for its listings.
 _BUCKET_PLAIN: Final = {
-    "GET": Op.ListObjects,
-    "HEAD": Op.HeadBucket,
-    "PUT": Op.CreateBucket,
-    "DELETE": Op.DeleteBucket,
+    "GET": (Op.ListObjects, _LIST),
+    "HEAD": (Op.HeadBucket, _FORWARD),
+    "PUT": (Op.CreateBucket, _WRITE),
+    "DELETE": (Op.DeleteBucket, _WRITE),
 }
 
 #: Parameters that a read may carry and still be answered by the cache.
@@ -227,10 +231,11 @@ _TARGET_CACHE_LENGTH_MAX: Final = 512
 
 
 class _Query(NamedTuple):
-    """A query's parameters, and why a read with them would not be the cache's."""
+    """A query's parameters, why an object read with them would not be the cache's, and whether one was repeated."""
 
     params: Mapping[str, str]
     bypass_reason: str | None
+    repeated: bool = False
 
 
 _NO_QUERY: Final = _Query(MappingProxyType({}), None)
@@ -256,14 +261,14 @@ def parse(head: RequestHead, domain: str | None = None) -> Operation:
     if method == "OPTIONS":
         return Operation(Op.Preflight, _FORWARD, bucket, None, query.params)
     if bucket is not None:
-        return _bucket_operation(method, bucket, query.params)
+        return _bucket_operation(method, bucket, query)
     if method != "GET":
         raise S3Error("MethodNotAllowed", extra={"Method": method, "ResourceType": "SERVICE"})
     return Operation(Op.ListBuckets, _FORWARD, None, None, query.params)
 
 
 def _object_read(method: str, bucket: str | None, key: str, query: _Query, headers: Headers) -> Operation:
-    params, bypass_reason = query
+    params, bypass_reason, _ = query
     if params:
         for name, op, handling in _OBJECT[method]:
             if name in params:
@@ -316,20 +321,25 @@ def _rename_sources(bucket: str | None, header: str) -> tuple[str, ...]:
     return tuple(text for text in {source, source.removeprefix(prefix)} if text)
 
 
-def _bucket_operation(method: str, bucket: str, params: Mapping[str, str]) -> Operation:
+def _bucket_operation(method: str, bucket: str, query: _Query) -> Operation:
+    params = query.params
+    listing_bypass = "repeated_parameter" if query.repeated else None
     for name, op, handling in _BUCKET.get(method, ()):
         if name in params:
-            return Operation(op, handling, bucket, None, params, name)
+            bypass_reason = listing_bypass if handling is _LIST else None
+            return Operation(op, handling, bucket, None, params, name, (), bypass_reason)
     for name in _BUCKET_SETTINGS:
         if name in params:
-            op = Op.BucketSubresourceRead if method in ("GET", "HEAD") else Op.BucketSubresourceWrite
-            return Operation(op, _FORWARD, bucket, None, params, name)
+            if method in ("GET", "HEAD"):
+                return Operation(Op.BucketSubresourceRead, _FORWARD, bucket, None, params, name)
+            return Operation(Op.BucketSubresourceWrite, _WRITE, bucket, None, params, name)
     if method == "POST":
         raise S3Error("NotImplemented", "Uploads by an HTML form are not supported; use PUT or a presigned URL.")
     plain = _BUCKET_PLAIN.get(method)
     if plain is None:
         raise S3Error("MethodNotAllowed", extra={"Method": method, "ResourceType": "BUCKET"})
-    return Operation(plain, _FORWARD, bucket, None, params)
+    op, handling = plain
+    return Operation(op, handling, bucket, None, params, None, (), listing_bypass if handling is _LIST else None)
 
 
 def _query(raw_query: str) -> _Query:
@@ -341,17 +351,19 @@ def _query(raw_query: str) -> _Query:
 def _parse_query(raw_query: str) -> _Query:
     params: dict[str, str] = {}
     bypass_reason = None
+    repeated = False
     authentication = AUTH_PARAMETERS | VERSION_2_PARAMETERS if is_version_2(raw_query) else AUTH_PARAMETERS
     for name, value in names.parse_query(raw_query):
         if name in authentication:
             continue
         if name in params:
             bypass_reason = bypass_reason or "repeated_parameter"
+            repeated = True
             continue
         params[name] = value
         if name not in _READ_PARAMETERS:
             bypass_reason = bypass_reason or _bypass_reason(name, value)
-    return _Query(MappingProxyType(params), bypass_reason)
+    return _Query(MappingProxyType(params), bypass_reason, repeated)
 
 
 def _bypass_reason(name: str, value: str) -> str | None:

@@ -56,8 +56,9 @@ async def _relay(
     assert operation.bucket is not None
     held = b""
     gone: ConnectionError | None = None
+    bucket_itself = operation.key is None and operation.op is not Op.DeleteObjects
     async with (
-        exchange.parts.carrier.writing(operation.bucket, keys, versions=versions),
+        exchange.parts.carrier.writing(operation.bucket, keys, versions=versions, bucket_itself=bucket_itself),
         await ask(exchange, operation, request) as response,
     ):
         relay_head(exchange, response)

@@ -150,7 +150,9 @@ class FakeCarrier:
         return FakeBody(self, self.objects[opened.bucket, opened.key], start, stop)
 
     @contextlib.asynccontextmanager
-    async def writing(self, bucket: str, keys: Sequence[str], *, versions: Collection[str] = ()) -> AsyncIterator[None]:
+    async def writing(
+        self, bucket: str, keys: Sequence[str], *, versions: Collection[str] = (), bucket_itself: bool = False
+    ) -> AsyncIterator[None]:
         self.fenced.append((bucket, tuple(keys)))
         self.version_writes.append(tuple(versions))
         try:

@@ -20,10 +20,10 @@ def operation(line: str, *, domain: str | None = None, host: str = "127.0.0.1:90
 TABLE = """
 GET /                                       ListBuckets             forward
 GET /?max-buckets=1                         ListBuckets             forward
-GET /bkt                                      ListObjects             forward
-GET /bkt/                                     ListObjects             forward
-GET /bkt/?delimiter=%2F                       ListObjects             forward
-GET /bkt?list-type=2&prefix=a                 ListObjectsV2           forward
+GET /bkt                                      ListObjects             list
+GET /bkt/                                     ListObjects             list
+GET /bkt/?delimiter=%2F                       ListObjects             list
+GET /bkt?list-type=2&prefix=a                 ListObjectsV2           list
 GET /bkt?versions                             ListObjectVersions      forward
 GET /bkt?uploads                              ListMultipartUploads    forward
 GET /bkt?location                             GetBucketLocation       forward
@@ -32,12 +32,12 @@ GET /bkt?policy                               BucketSubresourceRead   forward
 GET /bkt?lifecycle                            BucketSubresourceRead   forward
 GET /bkt?analytics&id=1                       BucketSubresourceRead   forward
 HEAD /bkt                                     HeadBucket              forward
-PUT /bkt                                      CreateBucket            forward
-PUT /bkt?versioning                           BucketSubresourceWrite  forward
-PUT /bkt?object-lock                          BucketSubresourceWrite  forward
-POST /bkt?metadataTable                       BucketSubresourceWrite  forward
-DELETE /bkt?cors                              BucketSubresourceWrite  forward
-DELETE /bkt                                   DeleteBucket            forward
+PUT /bkt                                      CreateBucket            write
+PUT /bkt?versioning                           BucketSubresourceWrite  write
+PUT /bkt?object-lock                          BucketSubresourceWrite  write
+POST /bkt?metadataTable                       BucketSubresourceWrite  write
+DELETE /bkt?cors                              BucketSubresourceWrite  write
+DELETE /bkt                                   DeleteBucket            write
 POST /bkt?delete                              DeleteObjects           write
 OPTIONS /bkt                                  Preflight               forward
 GET /bkt/k                                    GetObject               read
@@ -91,6 +91,17 @@ def test_table(row: str) -> None:
     assert (found.op, found.handling) == (Op[op], Handling(handling))
     if found.key is not None:
         assert found.forgets == (("k",) if handling == "write" else ())
+
+
+def test_a_listing_with_a_repeated_parameter_is_left_to_the_origin() -> None:
+    assert operation("GET /bkt?prefix=a").bypass_reason is None
+    for line in ("GET /bkt?prefix=a&prefix=b", "GET /bkt?list-type=2&list-type=1"):
+        found = operation(line)
+        assert (found.handling, found.bypass_reason) == (Handling.LIST, "repeated_parameter")
+
+
+def test_a_write_to_a_bucket_itself_forgets_no_key() -> None:
+    assert operation("PUT /bkt").forgets == operation("DELETE /bkt?policy").forgets == ()
 
 
 def test_every_operation_is_in_the_table() -> None:
