@@ -18,16 +18,20 @@ from tests.fakes.node import ACCESS_KEY, SECRET_KEY
 LARGE_BYTES = (10 << 20) + 12_345
 
 
-@pytest.fixture
-def fs(endpoint: Endpoint) -> S3FileSystem:
+def connect(endpoint: Endpoint, secret: str = SECRET_KEY) -> S3FileSystem:
     return S3FileSystem(
         access_key=ACCESS_KEY,
-        secret_key=SECRET_KEY,
+        secret_key=secret,
         region="us-east-1",
         scheme="https" if endpoint.secure else "http",
         endpoint_override=endpoint.host,
         tls_ca_file_path=None if endpoint.ca_file is None else str(endpoint.ca_file),
     )
+
+
+@pytest.fixture
+def fs(endpoint: Endpoint) -> S3FileSystem:
+    return connect(endpoint)
 
 
 def put(fs: S3FileSystem, path: str, body: bytes) -> None:
@@ -142,16 +146,10 @@ def test_a_parquet_file_of_several_parts(fs: S3FileSystem, origin: Any, bucket: 
         assert pq.read_table(f"{bucket}/large.parquet", filesystem=fs, filters=[("n", ">=", 190)]) == table[190:]
 
 
-def test_a_wrong_secret(endpoint: Endpoint, bucket: str) -> None:
-    stranger = S3FileSystem(
-        access_key=ACCESS_KEY,
-        secret_key="wrong",
-        region="us-east-1",
-        scheme="https" if endpoint.secure else "http",
-        endpoint_override=endpoint.host,
-        tls_ca_file_path=None if endpoint.ca_file is None else str(endpoint.ca_file),
-    )
-    with pytest.raises(OSError, match="SIGNATURE_DOES_NOT_MATCH|SignatureDoesNotMatch"):
+def test_a_wrong_secret(endpoint: Endpoint, origin: Any, bucket: str) -> None:
+    stranger = connect(endpoint, secret="wrong")
+    with pytest.raises(OSError, match=r"SIGNATURE_DOES_NOT_MATCH"):
         stranger.get_file_info(FileSelector(bucket))
-    with pytest.raises(OSError, match="ACCESS_DENIED|403|SIGNATURE_DOES_NOT_MATCH|SignatureDoesNotMatch"):
+    with pytest.raises(OSError, match=r"SIGNATURE_DOES_NOT_MATCH"):
         put(stranger, f"{bucket}/k", b"x")
+    assert stored(origin, bucket) == {}
