@@ -39,9 +39,15 @@ class Setup:
 
 @contextlib.contextmanager
 def writer(
-    directory: Path, *, trailing_checksums: bool = True, retries: int = 1, connections: int = 64, **limits: Any
+    directory: Path,
+    *,
+    trailing_checksums: bool = True,
+    retries: int = 1,
+    connections: int = 64,
+    clock: Clock | None = None,
+    **limits: Any,
 ) -> Iterator[Setup]:
-    """limits: options of config.Limits."""
+    """limits: options of config.Limits. clock: the worker's; it stands still at NOW if none is given."""
     origin = FakeOrigin()
     with origin.in_thread():
         origin.create_bucket("bucket")
@@ -59,7 +65,8 @@ def writer(
             return OriginLane(settings, StaticCredentials(Credentials("origin", "secret", None)), Clock())
 
         bounds = config.Limits(**({"body_timeout_s": 0.5} | limits))
-        with Proxy(carrier, origin=lane, origin_settings=settings, limits=bounds).running() as proxy:
+        proxied = Proxy(carrier, origin=lane, origin_settings=settings, limits=bounds, clock=clock)
+        with proxied.running() as proxy:
             yield Setup(proxy, carrier, origin)
         assert carrier.fenced == []
         carrier.close_file()
