@@ -201,6 +201,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout_s: Annotated[float, Key(duration(0.1, 3600), "body_timeout")] = 60.0
     send_timeout_s: Annotated[float, Key(duration(0.1, 3600), "send_timeout")] = 60.0
     drain_s: Annotated[float, Key(duration(0, 3600), "drain")] = 10.0
+    preflights: Annotated[int, Key(count(1, 4096))] = 8
     relay_buffer_bytes: Annotated[int, Key(size(4 * KIB, 64 * MIB), "relay_buffer")] = 256 * KIB
     held_bodies_bytes: Annotated[int, Key(size(8 * MIB, 64 * GIB), "held_bodies")] = 64 * MIB
     completion_wait_s: Annotated[float, Key(duration(0.1, 3600), "completion_wait")] = 10.0

@@ -10,14 +10,12 @@ Sources: RFC 9110 section 7.6.1 (hop-by-hop); https://docs.aws.amazon.com/Amazon
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
-from kos.errors import S3Error
 from kos.s3 import aws_chunked, checksums
-from kos.s3.head import TOKEN, RequestHead
+from kos.s3.head import RequestHead
 from kos.s3.names import parse_query
 from kos.s3.operation import Op, Operation
 from kos.s3.sigv4 import Identity, Payload
@@ -45,7 +43,6 @@ _PRESIGN: Final = frozenset(
 )  # fmt: skip
 
 _ALGORITHM: Final = "x-amz-sdk-checksum-algorithm"
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +56,8 @@ class Outbound:
     payload_hash: str
 
 
-def question(head: RequestHead, identity: Identity) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(query, headers) for the origin, without what announces the body.
-
-    A presigning client may have moved x-amz-* headers into the query, where S3 reads them only because the URL is
-    presigned; under a signature in the header they have to be headers again. Raises InvalidArgument if one cannot be.
+def question(head: RequestHead) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(query, headers) for the origin, without what announces the body. head: as if signed in its headers.
 
     What Connection names beyond the fields that RFC 9110 calls hop-by-hop goes on: Connection is not signed, and it
     would take away headers that are, such as the encryption that a presigned URL demands.
@@ -72,18 +66,7 @@ def question(head: RequestHead, identity: Identity) -> tuple[list[tuple[str, str
     encoding = aws_chunked.stored_content_encoding(head.headers.get("content-encoding"))
     if encoding is not None:
         headers.append(("content-encoding", encoding))
-    query: list[tuple[str, str]] = []
-    for name, value in parse_query(head.raw_query):
-        lower = name.lower()
-        if lower in _PRESIGN:
-            continue
-        if identity.presigned and lower.startswith("x-amz-"):
-            if lower not in head.headers and lower not in _OWN:
-                if not TOKEN.issuperset(lower) or _CONTROL.search(value):
-                    raise S3Error("InvalidArgument", extra={"ArgumentName": name, "ArgumentValue": value})
-                headers.append((lower, value))
-        else:
-            query.append((name, value))
+    query = [(name, value) for name, value in parse_query(head.raw_query) if name.lower() not in _PRESIGN]
     return query, headers
 
 
@@ -106,7 +89,7 @@ async def outbound(
         return whole(head, operation, identity, inbound, await inbound.read(whole_bytes))
     if operation.op in DOCUMENTS or operation.op is Op.CompleteMultipartUpload:
         return whole(head, operation, identity, inbound, await inbound.read(DOCUMENT_MAX_BYTES))
-    query, headers = question(head, identity)
+    query, headers = question(head)
     length = inbound.length
     algorithm = inbound.check.algorithm
     body = await _begun(aiter(inbound))
@@ -131,7 +114,7 @@ async def outbound(
 def whole(head: RequestHead, operation: Operation, identity: Identity, inbound: Inbound, body: bytes) -> Outbound:
     """The request with a body that was read, and so verified, already; a trailer's checksum becomes a header, which every
     store takes that knows checksums at all."""
-    query, headers = question(head, identity)
+    query, headers = question(head)
     if operation.op is not Op.CompleteMultipartUpload:
         headers += inbound.trailers.items()
     elif inbound.trailers:

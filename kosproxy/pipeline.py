@@ -7,8 +7,8 @@ Owns: that order, and the last resort for everything that goes wrong on the way.
 pure ones, kosproxy.handlers the others), or the shortcut for hits (kosproxy.fastlane takes the same steps with the same
 functions).
 
-Invariant: nothing is dispatched that was not authenticated, and every request gets one answer or a
-broken connection, never a second one.
+Invariant: nothing is dispatched that was not authenticated, but for preflights (kosproxy.handlers.preflight), and every
+request gets one answer or a broken connection, never a second one.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ from kosproxy.exchange import Exchange
 from kosproxy.fastlane import FastLane
 from kosproxy.handlers.forward import forward, tell_refused
 from kosproxy.handlers.get import read
+from kosproxy.handlers.part import read_part
+from kosproxy.handlers.preflight import Preflights, is_preflight
 from kosproxy.handlers.write import write
 from kosproxy.parts import Parts
 from kosproxy.server import Connection, Sent
 
 _log: Final = logging.getLogger("kosproxy.pipeline")
-_HANDLERS: Final = {Handling.READ: read, Handling.LIST: forward, Handling.WRITE: write, Handling.FORWARD: forward}
+_HANDLERS: Final = {Handling.READ: read, Handling.PART: read_part, Handling.LIST: forward, Handling.WRITE: write, Handling.FORWARD: forward}
 #: What the log says of a request whose client went away before it had an answer.
 CLIENT_GONE: Final = 499
 
 
 class Admitted(NamedTuple):
-    """A request that may be carried out."""
+    """A request that may be carried out. identity: who signed it, None for a preflight, which nobody signs."""
 
     operation: Operation
-    identity: Identity
+    identity: Identity | None
 
 
 class Pipeline:
@@ -55,6 +57,7 @@ class Pipeline:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._preflights = Preflights(parts.config.limits.preflights)
         #: see kosproxy.server.Lanes
         self.fast: Callable[[Connection, bytes], bool] = FastLane(parts).answer
 
@@ -78,6 +81,8 @@ class Pipeline:
         try:
             listen = parts.config.listen
             exchange.operation = operation = operations.parse(head, listen.domain)
+            if is_preflight(head, operation):
+                return Admitted(operation, None)
             claimed = authentication.claim_of(head, listen.domain, version_2=listen.sigv2_query)
             identity = claimed.check(parts.secrets, parts.clock.now())
             exchange.access_key = identity.access_key
@@ -99,7 +104,10 @@ class Pipeline:
         operation, identity = admitted
         try:
             try:
-                await _HANDLERS[operation.handling](exchange, operation, identity)
+                if identity is None:
+                    await self._preflights.answer(exchange, operation)
+                else:
+                    await _HANDLERS[operation.handling](exchange, operation, identity)
             except (S3Error, OriginError) as failure:
                 await self._fail(exchange, failure)
             except ConnectionError:
