@@ -54,7 +54,9 @@ _CHUNKED: Final = (
 _DOCUMENTS: Final = (
     b'<?xml version="1.0" encoding="UTF-8"?><Delete xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Quiet>true</Quiet>'
     b"<Object><Key>a&amp;b</Key><VersionId>v</VersionId></Object><Object><Key>c</Key><ETag>e</ETag></Object></Delete>",
-    b"<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>&quot;a&quot;</ETag><ChecksumCRC32>x</ChecksumCRC32>"
+    b"<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>&quot;"
+    + b"0a" * 16
+    + b"&quot;</ETag><ChecksumCRC32>x</ChecksumCRC32>"
     b"</Part></CompleteMultipartUpload>",
     b'<!DOCTYPE a [<!ENTITY b "cccccccccc">]><a>&b;&b;</a>',
     b'<?xml version="1.0" encoding="UTF-16"?><a/>',

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -23,7 +24,7 @@ from aiohttp.web_request import BaseRequest
 
 from kos.config import Limits
 from kos.errors import S3Error
-from kos.s3 import aws_chunked, checksums, conditions, ranges, sigv4, xml
+from kos.s3 import authentication, aws_chunked, checksums, completion, conditions, listing, ranges, xml
 from kos.s3 import operation as operations
 from kos.s3.head import RequestHead, headers_from_raw, parse_head
 from kos.s3.object_response import ObjectMeta, answer, meta_from_headers, render_head
@@ -77,11 +78,15 @@ def operation(data: bytes) -> None:
 def signature(data: bytes) -> None:
     """Nobody guesses a signature."""
     for request in _heads(data):
-        try:
-            identity = sigv4.verify(request, SECRETS, NOW)
-        except S3Error:
-            continue
-        raise AssertionError(f"{identity} for a request that nobody signed")
+        for domain in (None, "s3.test"):
+            try:
+                claimed = authentication.claim_of(request, domain, version_2=True)
+                assert not claimed.holds(SECRETS, NOW), f"{claimed} for a request that nobody signed"
+                authentication.unpresigned(request, claimed)
+                claimed.check(SECRETS, NOW)
+            except S3Error:
+                continue
+            raise AssertionError("a signature that does not hold was not refused")
 
 
 def chunks(data: bytes) -> None:
@@ -147,6 +152,24 @@ def read(data: bytes) -> None:
         assert 0 <= said.start <= said.stop <= META.size
 
 
+def question(data: bytes) -> None:
+    """A listing is a question that asks the origin for the same, or is refused, or is not for the cache."""
+    for request in _heads(data):
+        for path in ("/b", "/b/"):
+            found = operations.parse(RequestHead("GET", path, request.raw_query, request.headers))
+            if found.bucket is None or found.op not in (Op.ListObjects, Op.ListObjectsV2):
+                continue
+            if listing.bypass_reason(found.params, request.headers) is not None:
+                continue
+            try:
+                asked = listing.parse(found.bucket, found.params)
+            except S3Error as refusal:
+                assert refusal.code == "InvalidArgument"
+                continue
+            again = listing.parse(found.bucket, dict(asked.query()))
+            assert again == asked and again.key == asked.key
+
+
 def origin_head(data: bytes) -> None:
     """What an origin says of an object is a record or none; and what is shown of it is a proper head."""
     for request in _heads(data):
@@ -173,6 +196,8 @@ def document(data: bytes) -> None:
         pass
     else:
         assert _depth(root) <= 64
+    etag = completion.multipart_etag(data)
+    assert etag is None or re.fullmatch(r'"[0-9a-f]{32}-[0-9]{1,5}"', etag)
     try:
         request = xml.parse_delete_request(data)
     except S3Error:
@@ -187,7 +212,7 @@ def connection(data: bytes) -> None:
 
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     each.__name__: each
-    for each in (head, operation, signature, chunks, promises, read, origin_head, document, connection)
+    for each in (head, operation, signature, chunks, promises, read, question, origin_head, document, connection)
 }
 
 _IDENTITY: Final = Identity(
