@@ -407,9 +407,14 @@ def _relayed(refusal: Refusal, key: str, want: Want) -> Exception:
     """The origin's refusal for this reader. One that came without a document (to the HEAD of another reader) gets ours,
     for a GET, with the headers that say more: that it is a delete marker, and which."""
     if not refusal.body and not want.head_only:
-        missing = "NoSuchKey" if split_name(key)[1] is None else "NoSuchVersion"
+        name, version_id = split_name(key)
+        missing = "NoSuchKey" if version_id is None else "NoSuchVersion"
         code = {403: "AccessDenied", 404: missing, 405: "MethodNotAllowed"}.get(refusal.status)
         if code is not None:
-            told = {name: value for name, value in refused(refusal).headers if name.lower() in _TOLD_WITH_OURS}
-            return S3Error(code, headers=told)
+            told = {header: value for header, value in refused(refusal).headers if header.lower() in _TOLD_WITH_OURS}
+            # S3 names what it has not got.
+            extra = {"Key": name} if code == missing else {}
+            if extra and version_id is not None:
+                extra["VersionId"] = version_id
+            return S3Error(code, headers=told, extra=extra)
     return refused(refusal)
