@@ -59,6 +59,12 @@ def split_name(name: str) -> tuple[str, str | None]:
     return key, version_id
 
 
+def part_name(content: bytes, number: int) -> str:
+    """What stands for the key of a part of some content where its bounds are kept. No version has an empty id, so this
+    is no version's name."""
+    return f"{VERSION_MARK}{VERSION_MARK}{number}{VERSION_MARK}{content.hex()}"
+
+
 def is_immutable(name: str) -> bool:
     """Whether it names a version that nothing but a write through versions_slot_hash() can change or remove."""
     return name.startswith(VERSION_MARK) and split_name(name)[1] != NULL_VERSION

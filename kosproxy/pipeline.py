@@ -40,7 +40,13 @@ from kosproxy.parts import Parts
 from kosproxy.server import Connection, Sent
 
 _log: Final = logging.getLogger("kosproxy.pipeline")
-_HANDLERS: Final = {Handling.READ: read, Handling.PART: read_part, Handling.LIST: forward, Handling.WRITE: write, Handling.FORWARD: forward}
+_HANDLERS: Final = {
+    Handling.READ: read,
+    Handling.PART: read_part,
+    Handling.LIST: forward,
+    Handling.WRITE: write,
+    Handling.FORWARD: forward,
+}
 #: What the log says of a request whose client went away before it had an answer.
 CLIENT_GONE: Final = 499
 

@@ -56,6 +56,32 @@ class ObjectAnswer(NamedTuple):
     stop: int
 
 
+class Part(NamedTuple):
+    """One part of an object: its half-open slice, how many parts the object has (None for one that was not uploaded in
+    parts), and the checksums that the origin has of this part."""
+
+    start: int
+    stop: int
+    parts_count: int | None
+    checksums: tuple[tuple[str, str], ...] = ()
+
+
+#: The ETag of an object that was stored in one piece: what S3 gives to one of parts ends in "-N".
+_OF_ONE_PIECE: Final = re.compile(r'"[0-9a-fA-F]{32}"', re.ASCII)
+
+
+def sole_part(meta: ObjectMeta, number: int) -> Part | None:
+    """The part of an object that was stored in one piece: all of it; None if its ETag does not tell that it was.
+
+    Raises S3Error InvalidPartNumber (416) for any part but the first.
+    """
+    if _OF_ONE_PIECE.fullmatch(meta.etag) is None:
+        return None
+    if number > 1:
+        raise S3Error("InvalidPartNumber", extra={"PartNumberRequested": str(number), "ActualPartCount": "1"})
+    return Part(0, meta.size, None, meta.checksums)
+
+
 # Headers of the origin's answer that are not the object's: they belong to one connection, to one response, to the
 # origin itself, or are made anew in answer(). Access-Control-* depends on the asker's Origin.
 _NOT_KEPT: Final = frozenset(
@@ -153,13 +179,15 @@ def answer(
     age_s: int | None,
     request_id: str,
     date: str | None = None,
+    part: Part | None = None,
 ) -> ObjectAnswer:
     """The response to a GET or HEAD of the object that meta describes: 200, 206 or 304.
 
     params: the decoded query. cache_note: the value of x-kos-cache. age_s: seconds since the origin vouched for meta,
-    None for no Age header. date: the value of Date, None to leave it out. For HEAD the slice is empty, Content-Length
-    that of the GET. Raises S3Error PreconditionFailed (412), InvalidRange (416), InvalidArgument (a response-* override
-    that cannot be a header).
+    None for no Age header. date: the value of Date, None to leave it out. part: which one a read by partNumber is of (an
+    empty one is answered 200, as S3 does, because no Content-Range can say what it is). For HEAD the slice is empty,
+    Content-Length that of the GET. Raises S3Error PreconditionFailed (412), InvalidRange (416), InvalidArgument (a
+    response-* override that cannot be a header).
     """
     size = meta.size
     start, stop, status = 0, size, 200
@@ -175,8 +203,16 @@ def answer(
             status = 304
     if "range" in asked and status == 200:
         spec = ranges.parse(asked["range"])
-        if spec is not None and conditions.range_applies(asked.get("if-range"), meta.etag, meta.last_modified):
+        if (
+            spec is not None
+            and (size or not spec.last or spec.first is not None)  # the last n bytes of nothing are all of it: 200
+            and conditions.range_applies(asked.get("if-range"), meta.etag, meta.last_modified)
+        ):
             start, stop = ranges.resolve(spec, size)
+            status = 206
+    if part is not None and status == 200:
+        start, stop = part.start, part.stop
+        if start < stop:
             status = 206
     headers = [("x-amz-request-id", request_id), ("x-kos-cache", cache_note), ("ETag", meta.etag)]
     if meta.last_modified:
@@ -192,7 +228,12 @@ def answer(
     headers.extend(kept)
     if status == 206:
         headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{size}"))
-    elif meta.checksums and asked.get("x-amz-checksum-mode", "").upper() == "ENABLED":
+    if part is not None:
+        if part.parts_count is not None:
+            headers.append(("x-amz-mp-parts-count", str(part.parts_count)))
+        if part.checksums and asked.get("x-amz-checksum-mode", "").upper() == "ENABLED":
+            headers.extend(part.checksums)
+    elif status == 200 and meta.checksums and asked.get("x-amz-checksum-mode", "").upper() == "ENABLED":
         headers.extend(meta.checksums)
     headers.append(("Content-Length", str(stop - start)))
     if head.method == "HEAD":

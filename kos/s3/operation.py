@@ -12,11 +12,11 @@ The theory on one page. S3 tells operations apart by four things, looked at in t
 
 Authentication parameters, response-* overrides, x-id (which SDKs add) and x-* parameters never name an operation.
 
-Then it is handled in one of four ways. READ: an object read that the cache may answer. LIST: a listing of objects, the
+Then it is handled in one of five ways. READ: an object read that the cache may answer. LIST: a listing of objects, the
 same. WRITE: something that changes what reads of an object show, body or headers, or what listings do; the cache must
 forget the keys in `forgets` (those of DeleteObjects are in its body; a write to a bucket itself has none). FORWARD: the
-cache has no business with it; it is passed on as it is. A read that the cache must not
-answer (a part, a customer's key, anything unknown) is FORWARD with a bypass_reason.
+cache has no business with it; it is passed on as it is. A read that the cache must not answer (a customer's key,
+anything unknown) is FORWARD with a bypass_reason. PART: a READ of one part of an object, whose bounds have to be known.
 
 Invariant: what is not understood is never answered from the cache, and whatever might change an object is a WRITE: an
 unknown parameter makes a read FORWARD, and an unknown change of an object a WRITE of its key.
@@ -96,6 +96,7 @@ class Handling(enum.Enum):
     """What the cache has to do with an operation."""
 
     READ = "read"
+    PART = "part"
     LIST = "list"
     WRITE = "write"
     FORWARD = "forward"
@@ -205,8 +206,7 @@ _READ_PARAMETERS: Final = frozenset(
     }
 )  # fmt: skip
 
-#: Parameters and headers that make a read another's business, and why.
-_BYPASS_PARAMETERS: Final = {"partNumber": "part_number"}
+#: Headers that make a read another's business, and why.
 _BYPASS_HEADERS: Final = {
     "x-amz-server-side-encryption-customer-algorithm": "sse_c",
     "x-amz-server-side-encryption-customer-key": "sse_c",
@@ -277,9 +277,15 @@ def _object_read(method: str, bucket: str | None, key: str, query: _Query, heade
         bypass_reason = bypass_reason or next(_BYPASS_HEADERS[name] for name in headers if name in _BYPASS_HEADERS)
     if key[0] == _RESERVED:
         bypass_reason = "reserved_key"
-    version_id = params.get("versionId") if params else None
+    version_id = None
+    handling = _READ
+    if params:
+        version_id = params.get("versionId")
+        if "partNumber" in params:
+            handling = Handling.PART
     op = Op.GetObject if method == "GET" else Op.HeadObject
-    handling = _FORWARD if bypass_reason else _READ
+    if bypass_reason:
+        handling = _FORWARD
     return Operation(op, handling, bucket, key, params, None, (), bypass_reason, False, version_id)
 
 
@@ -373,8 +379,8 @@ def _bypass_reason(name: str, value: str) -> str | None:
         return _BYPASS_HEADERS[lower]
     if name == "versionId":
         return None if _VERSION_ID.fullmatch(value) else "version_id"
-    if name in _BYPASS_PARAMETERS:
-        return _BYPASS_PARAMETERS[name]
+    if name == "partNumber":
+        return None  # whatever its value: the handler refuses what is none
     if lower == "x-id" or lower == "x-amz-checksum-mode" or (lower.startswith("x-") and not lower.startswith("x-amz-")):
         return None
     return "unknown_parameter"

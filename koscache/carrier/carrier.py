@@ -23,13 +23,16 @@ from kos.clock import Clock
 from kos.config import Config
 from kos.errors import ConfigError, S3Error
 from kos.rules import Rules
+from kos.s3.object_response import Part, sole_part
 from kos.tasks import Tasks
 from koscache import ipc
 from koscache.carrier.blocks import Blocks
 from koscache.carrier.body import Body
 from koscache.carrier.context import BufferPool, Context, Origin
+from koscache.carrier.fetch import OnRequest
 from koscache.carrier.link import Link
 from koscache.carrier.open import Opener
+from koscache.carrier.parts import Parts
 from koscache.carrier.types import FilePiece, Opened, Peek, Sight, Want
 from koscache.content import VERSION_MARK, Freshness, Location, Record, judge, rule_of
 from koscache.disk import StoreFailed
@@ -96,6 +99,7 @@ class Carrier:
         self._context = Context(config, reader, origin, rules, clock, tasks, self._link, buffers, threads)
         self._blocks = Blocks(self._context)
         self._opener = Opener(self._context, self._blocks)
+        self._parts = Parts(self._context)
         self._touches: dict[tuple[bytes, int], None] = {}
         self._tokens = count(1)
         #: writes that the origin may still carry out, the oldest first
@@ -243,6 +247,21 @@ class Carrier:
         Read them before the origin is asked; the page counts for as long as they are the same. No await.
         """
         return self._reader.fence.listing_values(bucket, prefix)
+
+    def known_part(self, bucket: str, record: Record, number: int) -> Part | None:
+        """Part `number` of the version, if it is known without asking the origin. No await.
+
+        Raises S3Error InvalidPartNumber when it is known that there is none.
+        """
+        return sole_part(record.meta, number) or self._parts.known(bucket, record, number)
+
+    async def find_part(self, opened: Opened, number: int, on_request: OnRequest) -> Part | None:
+        """known_part() of what was opened, or what the origin says; None when only the origin can answer a read of it.
+
+        on_request: called for each request that it costs. Raises what known_part() raises; S3Error ServiceUnavailable or
+        SlowDown when the origin cannot be asked.
+        """
+        return sole_part(opened.record.meta, number) or await self._parts.find(opened, number, on_request)
 
     # --- writing ----------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ class Reason(enum.StrEnum):
     FENCED = "fenced"
     CHANGED = "changed"  # the origin has another version than the record
     CHECKSUMS = "checksums"  # the record was made from an answer without the object's checksums
+    PART = "part"  # where the part lies was not known
     NO_STORE = "no_store"
     NO_ETAG = "no_etag"
     NOT_THE_VERSION = "not_the_version"  # the origin answered a versionId with something else

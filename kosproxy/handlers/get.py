@@ -8,19 +8,22 @@ Invariant: head and body of a response come from one Opened, hence from one vers
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Final
 
 from kos.errors import OriginError, OriginRefused, S3Error
 from kos.s3 import object_response, ranges
 from kos.s3.conditions import CONDITION_HEADERS
 from kos.s3.head import RequestHead
+from kos.s3.object_response import Part
 from kos.s3.operation import Operation
 from kos.s3.sigv4 import Identity
 from koscache.carrier import Changed, FilePiece, Opened, Phase, Reason, Want, version_name
 from kosproxy.exchange import Exchange
 
 #: An object that changes faster than it can be opened this often is answered with "try again".
-_OPENS_MAX: Final = 5
+OPENS_MAX: Final = 5
 _FROM_STORE: Final = frozenset({Phase.HIT, Phase.STALE, Phase.REVALIDATED})
 
 
@@ -44,35 +47,48 @@ def name_of(operation: Operation) -> str:
 
 async def read(exchange: Exchange, operation: Operation, identity: Identity) -> None:
     """Answer an object read. Raises S3Error, OriginError before the head has left; ConnectionError afterwards."""
-    assert operation.bucket is not None
-    name = name_of(operation)
     want = want_of(exchange.head)
-    carrier = exchange.parts.carrier
-    for _ in range(_OPENS_MAX):
+    for _ in range(OPENS_MAX):
         try:
-            opened = await carrier.open(operation.bucket, name, want)
-        except OriginRefused:
-            exchange.phase, exchange.reason = Phase.MISS, "refused"
-            exchange.origin_requests += 1
-            raise
-        except (S3Error, OriginError):
-            exchange.phase, exchange.reason = Phase.MISS, Reason.ORIGIN_DOWN
-            raise
-        before = opened.origin_requests
-        try:
-            exchange.phase, exchange.reason = opened.phase, opened.reason
-            await _send(exchange, operation, opened)
-            return
+            async with opening(exchange, operation, want) as opened:
+                await send(exchange, operation, opened)
+                return
         except Changed:
             if exchange.begun:
                 raise
-        finally:
-            exchange.origin_requests += before
-            opened.close()
-    raise S3Error("SlowDown", "The object changes faster than it can be read.", headers={"Retry-After": "1"})
+    raise changes_too_fast()
 
 
-def _answer(exchange: Exchange, operation: Operation, opened: Opened) -> object_response.ObjectAnswer:
+def changes_too_fast() -> S3Error:
+    """What a reader is told whose object was another one each time it was opened."""
+    return S3Error("SlowDown", "The object changes faster than it can be read.", headers={"Retry-After": "1"})
+
+
+@contextlib.asynccontextmanager
+async def opening(exchange: Exchange, operation: Operation, want: Want) -> AsyncIterator[Opened]:
+    """The object that is read, open; what became of the request so far is noted. Raises S3Error, OriginError."""
+    assert operation.bucket is not None
+    try:
+        opened = await exchange.parts.carrier.open(operation.bucket, name_of(operation), want)
+    except OriginRefused:
+        exchange.phase, exchange.reason = Phase.MISS, "refused"
+        exchange.origin_requests += 1
+        raise
+    except (S3Error, OriginError):
+        exchange.phase, exchange.reason = Phase.MISS, Reason.ORIGIN_DOWN
+        raise
+    try:
+        exchange.phase, exchange.reason = opened.phase, opened.reason
+        exchange.origin_requests += opened.origin_requests
+        yield opened
+    finally:
+        opened.close()
+
+
+def answer_of(
+    exchange: Exchange, operation: Operation, opened: Opened, part: Part | None = None
+) -> object_response.ObjectAnswer:
+    """Status, headers and slice of the answer. Raises S3Error: a condition that failed, a range that is outside."""
     return object_response.answer(
         exchange.head,
         operation.params,
@@ -81,21 +97,23 @@ def _answer(exchange: Exchange, operation: Operation, opened: Opened) -> object_
         age_s=None if opened.age_s is None else int(opened.age_s),
         request_id=exchange.request_id,
         date=object_response.http_date(exchange.parts.clock.now()),
+        part=part,
     )
 
 
-async def _send(exchange: Exchange, operation: Operation, opened: Opened) -> None:
+async def send(exchange: Exchange, operation: Operation, opened: Opened, part: Part | None = None) -> None:
+    """The answer to a read of what was opened. Raises as read() does, and Changed."""
     parts = exchange.parts
-    answer = _answer(exchange, operation, opened)
-    if answer.start == answer.stop and opened.reason is Reason.BLOCK:
+    answer = answer_of(exchange, operation, opened, part)
+    if answer.start == answer.stop and exchange.reason == Reason.BLOCK:
         # Not all of the body is here, but none of it is wanted (304): the record was enough.
         exchange.phase, exchange.reason = Phase.HIT, Reason.FRESH
-        answer = _answer(exchange, operation, opened)
+        answer = answer_of(exchange, operation, opened, part)
     exchange.begin(answer.status, answer.headers, answer.stop - answer.start)
     if answer.start == answer.stop:
         await exchange.finish()
         return
-    exchange.body_source = "hit" if opened.phase in _FROM_STORE else "fill"
+    exchange.body_source = "hit" if exchange.phase in _FROM_STORE else "fill"
     body = parts.carrier.body(opened, answer.start, answer.stop)
     try:
         async for piece in body:

@@ -48,7 +48,8 @@ GET /bkt/k?versionId=1                        GetObject               read
 GET /bkt/k?versionId=null                     GetObject               read
 GET /bkt/k?versionId=                         GetObject               forward
 HEAD /bkt/k?versionId=1                       HeadObject              read
-GET /bkt/k?partNumber=1                       GetObject               forward
+GET /bkt/k?partNumber=1                       GetObject               part
+GET /bkt/k?partNumber=1&versionId=v           GetObject               part
 GET /bkt/k?uploadId=1                         ListParts               forward
 GET /bkt/k?acl                                GetObjectAcl            forward
 GET /bkt/k?attributes                         GetObjectAttributes     forward
@@ -57,7 +58,9 @@ GET /bkt/k?retention                          GetObjectRetention      forward
 GET /bkt/k?tagging                            GetObjectTagging        forward
 GET /bkt/k?torrent                            GetObjectTorrent        forward
 HEAD /bkt/k                                   HeadObject              read
-HEAD /bkt/k?partNumber=1                      HeadObject              forward
+HEAD /bkt/k?partNumber=1                      HeadObject              part
+HEAD /bkt/k?partNumber=                       HeadObject              part
+HEAD /bkt/k?partNumber=1&uploadId=u           HeadObject              forward
 HEAD /bkt/k?acl                               HeadObject              forward
 PUT /bkt/k                                    PutObject               write
 PUT /bkt/k?x-id=PutObject                     PutObject               write
@@ -178,7 +181,7 @@ def test_rename_forgets_both_names(source: str) -> None:
         ("versionId=" + "v" * 1025, "", "version_id"),
         ("versionId=" + "v" * 1024, "", None),
         ("versionId=a&versionId=b", "", "repeated_parameter"),
-        ("partNumber=2", "", "part_number"),
+        ("partNumber=2&partNumber=3", "", "repeated_parameter"),
         ("newthing", "", "unknown_parameter"),
         ("x-amz-newthing=1", "", "unknown_parameter"),
         ("X-Amz-Checksum-Mode=ENABLED", "", None),
