@@ -24,6 +24,7 @@ from kos.s3.sigv4 import canonical_query, presign, sign_headers
 from koscache.carrier import Freshness, version_name
 from tests.fakes import certificates
 from tests.fakes.carrier import BLOCK, FakeCarrier
+from tests.fakes.links import version_2
 from tests.fakes.proxy import ACCESS_KEY, NOW, SECRET_KEY, Proxy
 
 HOST = "kos.test:9000"
@@ -78,7 +79,7 @@ class Request:
     key: str
     query: tuple[tuple[str, str], ...]
     headers: tuple[tuple[str, str], ...]
-    presigned: bool
+    link: int  # 0: signed in the header; else the version that the query is signed by
     spoil: str
 
     def wire(self) -> bytes:
@@ -89,8 +90,12 @@ class Request:
         common: dict[str, Any] = {"access_key": access, "secret_key": secret, "region": "us-east-1", "now": now}
         lines = [("Host", HOST), *self.headers]
         query = canonical_query(list(self.query))
-        if self.presigned:
+        if self.link == 4:
             query = presign(self.method, path, self.query, HOST, expires_s=600, **common)
+        elif self.link == 2:
+            named = {name.replace("-", "_"): value.strip() for name, value in self.headers if name.startswith("x-amz-")}
+            keys = {"access_key": access, "secret_key": secret}
+            query = version_2(self.method, path, self.query, expires=now + 600, **keys, **named)
         elif self.spoil != "anonymous":
             signed: Mapping[str, str] = {name.lower(): value for name, value in lines if name.lower() == "host"}
             lines += sign_headers(self.method, path, query, signed, session_token=None, **common).items()
@@ -143,7 +148,7 @@ REQUESTS = st.builds(
     st.sampled_from(KEYS),
     QUERY.map(lambda given: tuple(given.items())),
     HEADERS.map(lambda given: tuple(given.items())),
-    st.booleans(),
+    st.sampled_from([0, 2, 4]),
     st.sampled_from(["", "", "", "", "", "", "secret", "time", "key", "anonymous"]),
 )
 
@@ -227,16 +232,16 @@ def test_both_lanes_give_the_same_answer(pair: Pair, request: Request, secure: b
     ids=["plain", "range", "304", "keep-alive"],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-@pytest.mark.parametrize("presigned", [True, False])
+@pytest.mark.parametrize("link", [0, 2, 4])
 @pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
 def test_plain_requests_take_the_fast_lane(
-    pair: Pair, key: str, headers: dict[str, str], method: str, presigned: bool, secure: bool
+    pair: Pair, key: str, headers: dict[str, str], method: str, link: int, secure: bool
 ) -> None:
     """So that the property above is not true for the reason that everything was slow."""
     if key == "empty" and "Range" in headers:
         return
     before = len(pair.both.lines)
-    answer = ask(pair.both, Request(method, key, (), tuple(headers.items()), presigned, "").wire(), secure)
+    answer = ask(pair.both, Request(method, key, (), tuple(headers.items()), link, "").wire(), secure)
     assert answer.status in (200, 206, 304)
     (line,) = pair.both.lines[before:]
     assert (line.lane, line.status, line.bytes) == ("fast", answer.status, len(answer.body))
@@ -244,9 +249,9 @@ def test_plain_requests_take_the_fast_lane(
 
 
 @pytest.mark.parametrize("version_id", VERSIONS)
-@pytest.mark.parametrize("presigned", [True, False])
-def test_versions_take_the_fast_lane_as_well(pair: Pair, version_id: str, presigned: bool) -> None:
-    request = Request("GET", VERSIONED, (("versionId", version_id),), (), presigned, "")
+@pytest.mark.parametrize("link", [0, 2, 4])
+def test_versions_take_the_fast_lane_as_well(pair: Pair, version_id: str, link: int) -> None:
+    request = Request("GET", VERSIONED, (("versionId", version_id),), (), link, "")
     for _ in range(3):
         before = len(pair.both.lines)
         assert ask(pair.both, request.wire()).body == VERSIONS[version_id]
@@ -257,7 +262,7 @@ def test_versions_take_the_fast_lane_as_well(pair: Pair, version_id: str, presig
 @pytest.mark.parametrize("key", ["expired", "elsewhere", "absent"])
 def test_what_is_not_a_plain_hit_takes_the_slow_lane(pair: Pair, key: str) -> None:
     before = len(pair.both.lines)
-    ask(pair.both, Request("GET", key, (), (), False, "").wire())
+    ask(pair.both, Request("GET", key, (), (), 0, "").wire())
     assert [line.lane for line in pair.both.lines[before:]] == ["slow"]
 
 
@@ -268,5 +273,44 @@ def test_only_right_signatures_are_remembered(pair: Pair) -> None:
     known.clear()
     padding = (("X-Padding", "x" * 4096),)
     for headers, spoil, remembered in (((), "secret", 0), ((), "time", 0), (padding, "", 0), ((), "", 1)):
-        answer = ask(pair.both, Request("GET", KEYS[0], (), headers, True, spoil).wire())
+        answer = ask(pair.both, Request("GET", KEYS[0], (), headers, 4, spoil).wire())
         assert (answer.status, len(known)) == (403 if spoil else 200, remembered)
+
+
+@pytest.mark.parametrize("version", [2, 4])
+def test_a_header_in_the_query_is_answered_like_a_header(pair: Pair, version: int) -> None:
+    """SDKs move x-amz-checksum-mode there: the first time, and out of what is remembered of it."""
+    for query, expected in (((), None), ((("x-amz-checksum-mode", "ENABLED"),), "AAAAAA==")):
+        wire = Request("GET", "small", query, (), version, "").wire()
+        for _ in range(4):
+            answer = ask(pair.both, wire)
+            assert (answer.status, dict(answer.headers).get("x-amz-checksum-crc32")) == (200, expected)
+            assert pair.both.lines[-1].lane == "fast"
+        assert ask(pair.slow, wire) == answer
+
+
+@pytest.mark.parametrize("version", [2, 4])
+def test_a_link_that_comes_again_is_checked_again(pair: Pair, version: int) -> None:
+    """What is remembered of a head holds no verdict: neither of its signature nor of its time."""
+    wire = Request("GET", "small", (), (), version, "").wire()
+    for _ in range(3):
+        assert ask(pair.both, wire).status == 200
+    fast = cast(Any, pair.both.edge).lanes.fast.__self__
+    assert wire in fast._repeated
+    secrets = fast._secrets
+    try:
+        fast._secrets = {ACCESS_KEY: "another"}
+        ask(pair.both, wire)
+        assert pair.both.lines[-1].lane == "slow"
+    finally:
+        fast._secrets = secrets
+    for _ in range(3):
+        assert ask(pair.both, wire).status == 200
+    assert wire in fast._repeated
+    now = fast._now
+    try:
+        fast._now = lambda: NOW + 601
+        ask(pair.both, wire)
+        assert pair.both.lines[-1].lane == "slow"
+    finally:
+        fast._now = now
