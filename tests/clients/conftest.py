@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class Endpoint:
     def verify(self) -> str | None:
         """What boto3, and what is built on it, takes."""
         return None if self.ca_file is None else str(self.ca_file)
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """What urllib takes."""
+        return None if self.ca_file is None else ssl.create_default_context(cafile=str(self.ca_file))
 
     def boto3(self, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY, **settings: Any) -> Any:
         return client(self.url, access_key, secret_key, verify=self.verify, **settings)
