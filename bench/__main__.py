@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from bench import cold_get, hot_get, memory, put, results, small_files
+from bench import cold_get, hot_get, memory, put, results, small_files, tls_get
 from bench.figure import Figure, Settings, say
 from bench.processes import FAVOUR
 
 FIGURES: Final[dict[str, tuple[Figure, str]]] = {
     "hot_get": (hot_get.run, hot_get.SUMMARY),
+    "tls_get": (tls_get.run, tls_get.SUMMARY),
     "cold_get": (cold_get.run, cold_get.SUMMARY),
     "put": (put.run, put.SUMMARY),
     "small_files": (small_files.run, small_files.SUMMARY),

@@ -89,7 +89,7 @@ def _warm(kos: Address, size: Size, files: Path) -> list[str]:
     for what in _objects(size):
         get(kos, presigned_get(kos, what))
     for what in _objects(size):
-        _await_hit(kos, what)
+        await_hit(kos, what)
         file = files / what.bucket / what.key
         file.parent.mkdir(parents=True, exist_ok=True)
         begin = base_of(what.key)
@@ -99,7 +99,7 @@ def _warm(kos: Address, size: Size, files: Path) -> list[str]:
     return presigned_targets(kos, _objects(size), size.urls, own_query=size.own_query)
 
 
-def _await_hit(kos: Address, what: Object) -> None:
+def await_hit(kos: Address, what: Object) -> None:
     """Read until the object is served out of the store: a block is committed a moment after it was answered."""
     deadline = time.monotonic() + _HIT_WITHIN_S
     while True:

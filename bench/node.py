@@ -23,16 +23,17 @@ from bench.client import Address, address
 from bench.processes import Server, command_line, memory_bytes
 from bench.synthetic import BUCKET
 
-READY = r"kos ready\b.*?\bs3=(\S+)"
+READY = r"kos ready\b.*?\bs3=(\S+)(?: s3_tls=(\S+))?"
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node that answers."""
+    """A node that answers. secure: the same over https, where the configuration has it."""
 
     server: Server
     at: Address
     log: Path
+    secure: Address | None = None
 
     def cpu_seconds(self) -> float:
         """CPU time, user and system, of all of its processes."""
@@ -109,6 +110,7 @@ def running(
     try:
         with Server(command(file), READY, log, core=core, within_s=60.0) as server:
             assert server.match is not None
-            yield Node(server, address(server.match[1]), log)
+            secure = server.match[2]
+            yield Node(server, address(server.match[1]), log, address(secure) if secure else None)
     finally:
         shutil.rmtree(directory, ignore_errors=True)

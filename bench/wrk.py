@@ -58,9 +58,19 @@ class Load:
 
 
 def load(
-    to: Address, targets: Sequence[str], *, connections: int, seconds: int, under: Path, core: int | None = None
+    to: Address,
+    targets: Sequence[str],
+    *,
+    connections: int,
+    seconds: int,
+    under: Path,
+    core: int | None = None,
+    scheme: str = "http",
 ) -> Load:
-    """Send the targets in turn for `seconds`; raises BenchFailed where wrk is missing or an answer was wrong."""
+    """Send the targets in turn for `seconds`; raises BenchFailed where wrk is missing or an answer was wrong.
+
+    scheme: https too; wrk looks at no certificate.
+    """
     binary = shutil.which("wrk")
     if binary is None:
         raise BenchFailed("wrk is not installed (Debian: apt-get install wrk)")
@@ -78,7 +88,7 @@ def load(
             "30s",
             "-s",
             str(script),
-            f"http://{to}",
+            f"{scheme}://{to}",
         ]
         with subprocess.Popen(
             [*pin, *wrk, "--", str(urls)],

@@ -59,6 +59,7 @@ class Secured(asyncio.Transport, asyncio.BufferedProtocol):
 
     __slots__ = (
         "_closing",
+        "_ended",
         "_incoming",
         "_listener",
         "_outgoing",
@@ -82,6 +83,7 @@ class Secured(asyncio.Transport, asyncio.BufferedProtocol):
         self._shaking = False
         self._since = 0.0
         self._closing = False
+        self._ended = False
         self._paused = False
         self._reading = True
 
@@ -234,7 +236,7 @@ class Secured(asyncio.Transport, asyncio.BufferedProtocol):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and send; what the kernel does not take waits in the plain transport, and pauses the protocol."""
         tls, wire = self._ssl, self._wire
-        if self._closing or tls is None or wire is None:
+        if self._closing or self._ended or tls is None or wire is None:
             return
         try:
             if len(data) <= PIECE_BYTES and tls.write(data) == len(data):
@@ -259,12 +261,17 @@ class Secured(asyncio.Transport, asyncio.BufferedProtocol):
         self._closing = True
         if self._wire is None:
             return
-        if self._ssl is not None and not self._shaking:
-            # Nothing can be read after this, and unread bytes make it fail once the close_notify is out.
+        if not self._shaking:
+            self._notify()
+        self._wire.close()
+
+    def _notify(self) -> None:
+        """Send a close_notify, once. OpenSSL then asks for the client's, whose absence is no failure."""
+        if self._ssl is not None and not self._ended:
+            self._ended = True
             with contextlib.suppress(ssl.SSLError, OSError):
                 self._ssl.unwrap()
             self._flush()
-        self._wire.close()
 
     def abort(self) -> None:
         self._closing = True
@@ -303,7 +310,12 @@ class Secured(asyncio.Transport, asyncio.BufferedProtocol):
             self._wire.set_write_buffer_limits(high, low)
 
     def can_write_eof(self) -> bool:
-        return False
+        return True
+
+    def write_eof(self) -> None:
+        """Nothing more will be written; what arrives is still read (TLS 1.3 means it so, and 1.2 is used so)."""
+        if not self._closing and not self._shaking:
+            self._notify()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "ssl_object":

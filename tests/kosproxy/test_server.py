@@ -1,4 +1,7 @@
-"""The edge by itself, with lanes that say what they were asked: framing, limits, clocks, draining, malformed requests."""
+"""The edge by itself, with lanes that say what they were asked: framing, limits, clocks, draining, malformed requests.
+
+Everything is tried over http and over https.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from aiohttp.web_request import BaseRequest
 from kos.config import Limits
 from kos.errors import S3Error
 from kosproxy.server import Connection, Edge, Sent
+from kosproxy.tls import TlsEdge
 from tests.conditions import until
+from tests.fakes import certificates
 
 BODY = bytes(range(256)) * 40_000
 
@@ -90,9 +95,20 @@ class Served(NamedTuple):
     lanes: FakeLanes
     edge: Edge
     port: int
+    secure: bool
 
     async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
+        context = certificates.client_context() if self.secure else None
+        return await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24, ssl=context)
+
+
+class Scheme:
+    secure = False
+
+
+@pytest.fixture(params=["http", "https"], autouse=True)
+def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheme, "secure", request.param == "https")
 
 
 @contextlib.asynccontextmanager
@@ -100,9 +116,11 @@ async def serving(tmp_path: Path, **limits: Any) -> AsyncIterator[Served]:
     lanes = FakeLanes(tmp_path / "body")
     with ThreadPoolExecutor(2) as threads:
         edge = Edge(lanes, Limits(**limits), threads, answer(b"full", "503 Slow Down"))
-        server = await asyncio.get_running_loop().create_server(edge, "127.0.0.1", 0)
+        context = certificates.server().context()
+        factory = TlsEdge(edge, lambda: context, answer(b"not tls", "400 no")) if Scheme.secure else edge
+        server = await asyncio.get_running_loop().create_server(factory, "127.0.0.1", 0)
         try:
-            yield Served(lanes, edge, server.sockets[0].getsockname()[1])
+            yield Served(lanes, edge, server.sockets[0].getsockname()[1], Scheme.secure)
         finally:
             server.close()
             lanes.go.set()
@@ -323,9 +341,14 @@ async def test_one_connection_too_many(tmp_path: Path) -> None:
         reader, writer = await served.open()
         writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
         assert await read_answer(reader) == b"fast"
-        reader2, writer2 = await served.open()
-        assert await read_answer(reader2) == b"full" and await reader2.read() == b""
-        writer2.close()
+        if served.secure:
+            # There is no saying why before a handshake.
+            with pytest.raises(ConnectionError):
+                await served.open()
+        else:
+            reader2, writer2 = await served.open()
+            assert await read_answer(reader2) == b"full" and await reader2.read() == b""
+            writer2.close()
         writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
         assert await read_answer(reader) == b"fast"
         writer.close()
