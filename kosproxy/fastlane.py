@@ -258,10 +258,14 @@ class FastLane:
         if known is not None:
             return known
         head = request.head
-        if not record.checksums_known and head.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED":
-            return None
         template = object_response.template(head, request.operation.params, record.meta, cache_note=_NOTE)
-        if plain is not None and template is not None:
+        if template is None or (
+            template.status == 200
+            and not record.checksums_known
+            and head.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED"
+        ):
+            return None  # the origin has to be asked for them; a range or a 304 carries none
+        if plain is not None:
             record.answers[plain] = template
         return template
 

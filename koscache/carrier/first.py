@@ -51,7 +51,7 @@ class First:
 def plan(want: Want, record: Record | None, *, block_bytes: int, random_bytes: int, alone: bool) -> First:
     """The request to open with. record: known, but to be revalidated. alone: nothing will be stored."""
     etag = None if record is None else record.etag
-    if want.checksum_mode and want.range is None and record is not None and not record.checksums_known:
+    if want.checksum_mode and record is not None and not record.checksums_known:
         return First("HEAD", Kind.HEAD)  # a 304 would not bring them
     if want.head_only or (want.conditional and record is None):
         # A conditional read of something unknown is mostly answered without a body: do not have one sent for nothing.

@@ -389,8 +389,7 @@ def _span_of(ticket: Ticket) -> ranges.RangeSpec:
 
 
 def _lacks_checksums(record: Record, want: Want) -> bool:
-    # A ranged answer carries none, so only a whole read needs them.
-    return want.checksum_mode and want.range is None and not record.checksums_known
+    return want.checksum_mode and not record.checksums_known
 
 
 def _covers(ticket: Ticket, record: Record, want: Want) -> bool:

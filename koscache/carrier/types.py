@@ -97,8 +97,9 @@ Piece = FilePiece | BytesPiece
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What a client asks for. range: its Range header, parsed. checksum_mode: it sent x-amz-checksum-mode: ENABLED.
-    conditional: it sent If-Match, If-None-Match, If-Modified-Since, If-Unmodified-Since or If-Range."""
+    """What a client asks for. range: its Range header, parsed. checksum_mode: the answer may have to carry the object's
+    checksums: the client sent x-amz-checksum-mode: ENABLED, and not surely for a range. conditional: it sent If-Match,
+    If-None-Match, If-Modified-Since, If-Unmodified-Since or If-Range."""
 
     head_only: bool = False
     range: RangeSpec | None = None

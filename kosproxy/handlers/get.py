@@ -30,10 +30,13 @@ _FROM_STORE: Final = frozenset({Phase.HIT, Phase.STALE, Phase.REVALIDATED})
 def want_of(head: RequestHead) -> Want:
     """What the carrier has to know of the request."""
     headers = head.headers
+    spec = ranges.parse(headers.get("range"))
+    # No ranged answer carries checksums; but If-Range may make a whole one of it.
+    may_be_whole = spec is None or "if-range" in headers
     return Want(
         head_only=head.method == "HEAD",
-        range=ranges.parse(headers.get("range")),
-        checksum_mode=headers.get("x-amz-checksum-mode", "").upper() == "ENABLED",
+        range=spec,
+        checksum_mode=may_be_whole and headers.get("x-amz-checksum-mode", "").upper() == "ENABLED",
         conditional="if-range" in headers or not CONDITION_HEADERS.isdisjoint(headers),
     )
 

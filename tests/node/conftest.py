@@ -27,6 +27,7 @@ def shared_node(tmp_path_factory: pytest.TempPathFactory, shared_origin: FakeOri
         "rules": [
             {"match": "b/short/*", "freshness": "300ms", "stale_if_error": "1h"},
             {"match": "b/always/*", "freshness": "always", "stale_if_error": "0s"},
+            {"match": "b/stale/*", "freshness": "always", "stale_if_error": "1h"},
             {"match": "*", "freshness": "immutable"},
         ],
     }
