@@ -1,10 +1,15 @@
-"""boto3 as it comes, against a real node with moto behind it."""
+"""boto3 as it comes, against a real node with moto behind it.
+
+Over http and https where that changes what it sends: over https a body comes aws-chunked with its checksum behind it and
+no length before it, over http plain with its checksum and SHA-256 before it.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import gzip
 import io
 import random
+import socket
 import urllib.error
 import urllib.request
 from typing import Any
@@ -13,6 +18,18 @@ import pytest
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
+from tests.clients.conftest import DOMAIN, Endpoint
+from tests.clients.roundtrip import (
+    MULTIPART_BYTES,
+    ODD_KEY,
+    PART_BYTES,
+    digests,
+    objects,
+    random_bytes,
+    sha256,
+    stored,
+    was_multipart,
+)
 from tests.conditions import eventually
 from tests.fakes.node import Node, client, phase
 
@@ -27,14 +44,97 @@ KEYS = [
     "./dot",
     "percent%41",
     "equal=and&question?hash#",
-    "20m +é&=.bin",
+    ODD_KEY,
     "quote'\"<>",
     "tilde~star*",
 ]
 
 
-def random_bytes(size: int, seed: int = 1) -> bytes:
-    return random.Random(seed).randbytes(size)
+#: Multipart from the least that S3 takes.
+SPLIT = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
+
+
+def test_round_trip(endpoint: Endpoint, origin: Any, bucket: str) -> None:
+    s3 = endpoint.boto3()
+    bodies = objects()
+    about = {"Metadata": {"colour": "blue"}, "ContentType": "text/x-odd"}
+    for key, body in bodies.items():
+        s3.upload_fileobj(io.BytesIO(body), bucket, key, ExtraArgs=about, Config=SPLIT)
+    assert stored(origin, bucket) == digests(bodies) and was_multipart(origin, bucket, ODD_KEY)
+
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, PaginationConfig={"PageSize": 2})
+    assert [each["Key"] for page in pages for each in page["Contents"]] == sorted(bodies)
+    level = s3.list_objects_v2(Bucket=bucket, Prefix="deep/", Delimiter="/")
+    assert [each["Key"] for each in level["Contents"]] == ["deep/er.bin"]
+    assert level["CommonPrefixes"] == [{"Prefix": "deep/down/"}]
+
+    for key, body in bodies.items():
+        for _ in range(2):
+            whole = io.BytesIO()
+            s3.download_fileobj(bucket, key, whole, Config=SPLIT)
+            assert sha256(whole.getvalue()) == sha256(body)
+        head = s3.head_object(Bucket=bucket, Key=key)
+        assert head["Metadata"] == {"colour": "blue"} and head["ContentType"] == "text/x-odd"
+    ranged = s3.get_object(Bucket=bucket, Key=ODD_KEY, Range=f"bytes={PART_BYTES - 5}-{PART_BYTES + 4}")
+    assert ranged["Body"].read() == bodies[ODD_KEY][PART_BYTES - 5 : PART_BYTES + 5]
+
+    s3.copy({"Bucket": bucket, "Key": ODD_KEY}, bucket, "copy", Config=SPLIT)
+    assert was_multipart(origin, bucket, "copy")
+    assert sha256(s3.get_object(Bucket=bucket, Key="copy")["Body"].read()) == sha256(bodies[ODD_KEY])
+    gone = s3.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key} for key in bodies]})
+    assert {each["Key"] for each in gone["Deleted"]} == set(bodies) and "Errors" not in gone
+    assert stored(origin, bucket).keys() == {"copy"}
+
+
+def test_a_body_without_a_length(endpoint: Endpoint, origin: Any, bucket: str) -> None:
+    """Even an empty one: over https boto3 announces no length at all."""
+    s3 = endpoint.boto3()
+    sent = []
+    s3.meta.events.register("before-send.s3.PutObject", lambda request, **_: sent.append(dict(request.headers)))
+    bodies = {"empty": b"", "small": b"hello", ODD_KEY: random_bytes(MULTIPART_BYTES)}
+    for key, body in bodies.items():
+        # What was there before must have been forgotten, however the new body came.
+        origin.put_object(Bucket=bucket, Key=key, Body=b"before")
+        assert s3.get_object(Bucket=bucket, Key=key)["Body"].read() == b"before"
+        s3.put_object(Bucket=bucket, Key=key, Body=body)
+        assert sha256(s3.get_object(Bucket=bucket, Key=key)["Body"].read()) == sha256(body)
+    assert stored(origin, bucket) == digests(bodies)
+    for headers in sent:
+        assert ("Transfer-Encoding" in headers) == ("Content-Length" not in headers) == endpoint.secure
+
+
+def test_what_is_packed_stays_packed(endpoint: Endpoint, origin: Any, bucket: str) -> None:
+    s3, packed = endpoint.boto3(), gzip.compress(random_bytes(1000) * 50, mtime=0)
+    s3.put_object(Bucket=bucket, Key="k.gz", Body=packed, ContentEncoding="gzip")
+    for client_of in (origin, s3, s3):
+        answer = client_of.get_object(Bucket=bucket, Key="k.gz")
+        assert answer["ContentEncoding"] == "gzip" and answer["ContentLength"] == len(packed)
+        assert answer["Body"].read() == packed
+
+
+def test_buckets_in_the_host_name(
+    endpoint: Endpoint, origin: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Virtual-hosted style, which boto3 prefers for names that it takes for a domain's."""
+    resolve = socket.getaddrinfo
+
+    def resolve_all(host: Any, *arguments: Any, **settings: Any) -> Any:
+        below = isinstance(host, str) and host.endswith(DOMAIN)
+        return resolve("127.0.0.1" if below else host, *arguments, **settings)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_all)
+    there = Endpoint(endpoint.url.replace("127.0.0.1", DOMAIN), endpoint.ca_file)
+    s3 = there.boto3(s3={"addressing_style": "virtual"}, signature_version="s3v4")
+    link = s3.generate_presigned_url("get_object", {"Bucket": bucket, "Key": ODD_KEY})
+    assert f"//{bucket}.{DOMAIN}:" in link
+    s3.put_object(Bucket=bucket, Key=ODD_KEY, Body=b"hello")
+    assert stored(origin, bucket) == {ODD_KEY: sha256(b"hello")}
+    for _ in range(2):
+        assert s3.get_object(Bucket=bucket, Key=ODD_KEY)["Body"].read() == b"hello"
+        with urllib.request.urlopen(link, timeout=10, context=there.tls) as answer:
+            assert answer.read() == b"hello"
+    assert [each["Key"] for each in s3.list_objects_v2(Bucket=bucket)["Contents"]] == [ODD_KEY]
+    assert bucket in [each["Name"] for each in s3.list_buckets()["Buckets"]]
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -59,7 +159,8 @@ def test_a_key_survives_put_get_list_and_delete(s3: Any, origin: Any, bucket: st
     assert refusal.value.response["Error"]["Code"] == "NoSuchKey"
 
 
-def test_an_empty_object(s3: Any, bucket: str) -> None:
+def test_an_empty_object(endpoint: Endpoint, bucket: str) -> None:
+    s3 = endpoint.boto3()
     s3.put_object(Bucket=bucket, Key="empty", Body=b"")
     for _ in range(2):
         answer = s3.get_object(Bucket=bucket, Key="empty")
@@ -71,14 +172,15 @@ def test_an_empty_object(s3: Any, bucket: str) -> None:
 
 def test_a_hundred_mib_multipart_and_back(s3: Any, bucket: str) -> None:
     body = random_bytes(100 << 20)
+    key = "datasets/large"  # immutable by rule: a hit however long all this takes
     transfer = TransferConfig(multipart_chunksize=8 << 20, max_concurrency=4)
-    s3.upload_fileobj(io.BytesIO(body), bucket, "large", Config=transfer)
-    assert s3.head_object(Bucket=bucket, Key="large")["ContentLength"] == len(body)
+    s3.upload_fileobj(io.BytesIO(body), bucket, key, Config=transfer)
+    assert s3.head_object(Bucket=bucket, Key=key)["ContentLength"] == len(body)
     for _ in range(2):
         whole = io.BytesIO()
-        s3.download_fileobj(bucket, "large", whole, Config=transfer)
-        assert hashlib.sha256(whole.getvalue()).digest() == hashlib.sha256(body).digest()
-    answer = s3.get_object(Bucket=bucket, Key="large")
+        s3.download_fileobj(bucket, key, whole, Config=transfer)
+        assert sha256(whole.getvalue()) == sha256(body)
+    answer = s3.get_object(Bucket=bucket, Key=key)
     assert answer["Body"].read() == body
     assert phase(answer) == "hit"
 
@@ -139,8 +241,8 @@ def test_metadata_that_changes_under_the_same_etag_is_seen(s3: Any, bucket: str)
 
 
 @pytest.mark.parametrize("algorithm", ["CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"])
-def test_checksums_survive_and_are_not_on_a_range(s3: Any, bucket: str, algorithm: str) -> None:
-    body = random_bytes(100_000)
+def test_checksums_survive_and_are_not_on_a_range(endpoint: Endpoint, bucket: str, algorithm: str) -> None:
+    s3, body = endpoint.boto3(), random_bytes(100_000)
     put = s3.put_object(Bucket=bucket, Key="sum", Body=body, ChecksumAlgorithm=algorithm)
     name = f"Checksum{algorithm}"
     for _ in range(2):
@@ -191,12 +293,37 @@ def test_presigned(kos_node: Node, bucket: str, key: str) -> None:
     assert refusal.value.code == 403 and b"SignatureDoesNotMatch" in refusal.value.read()
 
 
+@pytest.mark.parametrize("signature", ["s3", "s3v4"])
+def test_links_of_both_signature_versions(endpoint: Endpoint, bucket: str, signature: str) -> None:
+    """Version 2 is what boto3 still makes by itself for endpoints that are not AWS'."""
+    s3, body = endpoint.boto3(signature_version=signature), random_bytes(50_000)
+    where = {"Bucket": bucket, "Key": ODD_KEY}
+    put = s3.generate_presigned_url(
+        "put_object", {**where, "ContentType": "text/x-odd", "Metadata": {"colour": "blue"}}
+    )
+    headers = {"Content-Type": "text/x-odd", "x-amz-meta-colour": "blue"}
+    request = urllib.request.Request(put, data=body, method="PUT", headers=headers)
+    urllib.request.urlopen(request, timeout=10, context=endpoint.tls).close()
+    link = s3.generate_presigned_url("get_object", {**where, "ResponseContentType": "text/x-asked"})
+    assert ("X-Amz-Signature" if signature == "s3v4" else "Signature") in link
+    for _ in range(2):
+        with urllib.request.urlopen(link, timeout=10, context=endpoint.tls) as answer:
+            assert answer.read() == body and answer.headers["Content-Type"] == "text/x-asked"
+            assert answer.headers["x-amz-meta-colour"] == "blue"
+    head = urllib.request.Request(s3.generate_presigned_url("head_object", where), method="HEAD")
+    with urllib.request.urlopen(head, timeout=10, context=endpoint.tls) as answer:
+        assert answer.headers["Content-Length"] == str(len(body)) and answer.headers["Content-Type"] == "text/x-odd"
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(link.replace("x-asked", "x-other"), timeout=10, context=endpoint.tls)
+    assert refusal.value.code == 403 and b"SignatureDoesNotMatch" in refusal.value.read()
+
+
 @pytest.mark.parametrize(
     ("access_key", "secret_key", "code"),
     [("nobody", "wrong", "InvalidAccessKeyId"), ("kostestkey", "wrong", "SignatureDoesNotMatch")],
 )
-def test_wrong_credentials(kos_node: Node, bucket: str, access_key: str, secret_key: str, code: str) -> None:
-    stranger = client(kos_node.s3_url, access_key, secret_key)
+def test_wrong_credentials(endpoint: Endpoint, bucket: str, access_key: str, secret_key: str, code: str) -> None:
+    stranger = endpoint.boto3(access_key, secret_key)
     with pytest.raises(ClientError) as refusal:
         stranger.get_object(Bucket=bucket, Key="x")
     assert refusal.value.response["Error"]["Code"] == code
