@@ -59,29 +59,36 @@ class Certificate:
 
     async def watch(self, clock: Clock, threads: Executor) -> None:
         """Look again and again until cancelled. threads: where the files are read, which may wait for a disk."""
-        loop = asyncio.get_running_loop()
         self._show()
         if self.not_after <= clock.now():
             _log.error("the certificate has expired", extra={"not_after": self.not_after})
         while True:
             await clock.sleep(LOOK_EVERY_S)
-            again, self._again = self._again, False
-            seen = await loop.run_in_executor(threads, self._look)
-            if seen == self._seen and not self._complaint and not again:
-                continue
-            try:
-                loaded = await loop.run_in_executor(threads, tls.load, self._listen)
-                if loaded.not_after <= clock.now() < self.not_after:
-                    file = self._listen.tls_cert_file
-                    raise ConfigError(
-                        f"listen.tls_cert_file: {file}: found a certificate that has expired, allowed: a valid one"
-                    )
-            except ConfigError as error:
-                self._keep(str(error))
-            else:
-                self._seen, self._loaded, self._complaint = seen, loaded, ""
-                self._show()
-                _log.info("the certificate was read again", extra={"not_after": loaded.not_after})
+            await self.renew(clock.now(), threads)
+
+    async def renew(self, now: float, threads: Executor) -> bool:
+        """Look at the files, and take what is there if it is new and good; whether that was so. now: epoch seconds."""
+        loop = asyncio.get_running_loop()
+        again, self._again = self._again, False
+        seen = await loop.run_in_executor(threads, self._look)
+        if seen == self._seen and not again:
+            # What was complained about is gone: the old files are back.
+            self._complaint = ""
+            return False
+        try:
+            loaded = await loop.run_in_executor(threads, tls.load, self._listen)
+            if loaded.not_after <= now < self.not_after:
+                raise ConfigError(
+                    f"listen.tls_cert_file: {self._listen.tls_cert_file}: found a certificate that has expired, "
+                    "allowed: a valid one, as the one before still is"
+                )
+        except ConfigError as error:
+            self._keep(str(error))
+            return False
+        self._seen, self._loaded, self._complaint = seen, loaded, ""
+        self._show()
+        _log.info("the certificate was read again", extra={"not_after": loaded.not_after})
+        return True
 
     def _keep(self, complaint: str) -> None:
         """Stay with the old pair; say why once, not at every look."""
