@@ -82,15 +82,17 @@ class Breaker:
         """A ticket, or why not."""
         if self._state is State.CLOSED:
             return Ticket(self._life)
+        return self.refusal(now) or self._probe(now)
+
+    def refusal(self, now: float) -> Refused | None:
+        """Why admit() would give no ticket now; None if it would. Changes nothing."""
         if self._state is State.OPEN:
             wait_s = self._opened_at + self._open_s - now
-            if wait_s > 0:
-                return Refused(f"origin unavailable ({self.reason})", wait_s)
-            return self._probe(now)
-        if now - self._probed_at >= self._probe_s:
-            return self._probe(now)
-        # The probe usually ends well before; a second is a fair time to ask again.
-        return Refused(f"origin is being tried again ({self.reason})", 1.0)
+            return Refused(f"origin unavailable ({self.reason})", wait_s) if wait_s > 0 else None
+        if self._state is State.HALF_OPEN and now - self._probed_at < self._probe_s:
+            # The probe usually ends well before; a second is a fair time to ask again.
+            return Refused(f"origin is being tried again ({self.reason})", 1.0)
+        return None
 
     def succeeded(self, ticket: Ticket) -> None:
         """The origin answered, with whatever below 500."""

@@ -286,13 +286,23 @@ class OriginLane:
 
     # -- one attempt ---------------------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Raises OriginUnavailable where a request would be refused at once: to be asked before a client is made to send a
+        body in vain."""
+        refused = self.breaker.refusal(self._clock.monotonic())
+        if refused is not None:
+            raise self._refuse(refused)
+
     def _admit(self) -> Ticket:
         admitted = self.breaker.admit(self._clock.monotonic())
         if isinstance(admitted, Refused):
-            self._observer.failed("breaker")
-            raise OriginUnavailable(admitted.reason, retry_after_s=max(admitted.retry_after_s, 1.0))
+            raise self._refuse(admitted)
         self._observer.breaker(self.breaker.state)
         return admitted
+
+    def _refuse(self, refused: Refused) -> OriginUnavailable:
+        self._observer.failed("breaker")
+        return OriginUnavailable(refused.reason, retry_after_s=max(refused.retry_after_s, 1.0))
 
     async def _attempt(self, pending: _Request, ticket: Ticket) -> OriginResponse | _Failed:
         """An answer, or how there is none; the breaker gets its ticket back on every way out."""

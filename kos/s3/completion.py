@@ -62,8 +62,8 @@ def multipart_etag(document: bytes) -> str | None:
 
 
 def says_no_such_upload(status: int, document: bytes) -> bool:
-    """Whether an origin's answer is "there is no such upload"."""
-    if status != 404:
+    """Whether an origin's answer is "there is no such upload", said by its status or after a 200 that came too early."""
+    if status not in (200, 404):
         return False
     try:
         root = xml.read(document, _ERROR_MAX_BYTES)

@@ -47,8 +47,11 @@ async def forward(exchange: Exchange, operation: Operation, identity: Identity) 
 
 
 async def question_of(exchange: Exchange, operation: Operation, identity: Identity, inbound: Inbound) -> Outbound:
-    """The request that the origin is asked. Raises what outbound() raises."""
+    """The request that the origin is asked. Raises what outbound() raises, and OriginUnavailable before a client is asked
+    for a body that cannot be handed on now."""
     settings = exchange.parts.config
+    if exchange.expects_continue or inbound.length > settings.limits.relay_buffer_bytes:
+        exchange.parts.origin.check()
     return await outbound(
         exchange.head,
         operation,

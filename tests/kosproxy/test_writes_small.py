@@ -323,3 +323,14 @@ def test_many_writers_at_once_are_each_answered(setup: Setup) -> None:
     for number in range(40):
         found = setup.origin.get("bucket", str(number))
         assert found is not None and found.body == b"%09d" % number
+
+
+@pytest.mark.parametrize("size", [10, 5_000_000])
+def test_no_body_is_asked_for_while_the_origin_is_known_to_be_away(setup: Setup, size: int) -> None:
+    setup.origin.call(setup.origin.down())
+    for _ in range(3):
+        assert ask(setup, signed("PUT", "/bucket/k", length=1), b"x").status == 503
+    client = Client(setup).send(signed("PUT", "/bucket/k", headers={"expect": "100-continue"}, length=size))
+    answer = client.answer()
+    assert (answer.status, answer.code) == (503, "ServiceUnavailable") and int(answer.headers["retry-after"]) >= 1
+    client.abort()

@@ -37,6 +37,16 @@ def test_open_refuses_and_says_why_and_until_when() -> None:
     assert breaker.admit(11.0) == Refused("origin unavailable (connect)", 4.0)
 
 
+def test_a_refusal_can_be_asked_for_beforehand_and_takes_no_probe_away() -> None:
+    assert Breaker(3, 5.0, 30.0).refusal(0.0) is None
+    breaker = opened(10.0)
+    assert breaker.refusal(11.0) == breaker.admit(11.0)
+    assert breaker.refusal(15.0) is None and breaker.state is State.OPEN
+    assert admitted(breaker, 15.0).probe
+    assert breaker.refusal(16.0) == breaker.admit(16.0)
+    assert breaker.refusal(45.0) is None and breaker.state is State.HALF_OPEN
+
+
 def test_one_probe_decides() -> None:
     breaker = opened()
     probe = admitted(breaker, 5.0)

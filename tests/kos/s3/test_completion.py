@@ -77,7 +77,7 @@ def test_a_part_with_every_checksum_still_fits() -> None:
 
 def test_no_such_upload() -> None:
     error = b'<?xml version="1.0"?><Error><Code>NoSuchUpload</Code><Message>m</Message></Error>'
-    assert says_no_such_upload(404, error)
+    assert says_no_such_upload(404, error) and says_no_such_upload(200, b" \n " + error)
     assert not says_no_such_upload(400, error)
     for other in (b"", b"NoSuchUpload", error.replace(b"NoSuchUpload", b"NoSuchBucket"), error.replace(b"Error", b"E")):
         assert not says_no_such_upload(404, other)
