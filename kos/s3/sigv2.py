@@ -12,6 +12,9 @@ conditions, and the parameters that steer a listing.
 Clients move x-amz-*, Content-Type and Content-MD5 into the query. There they count like the headers, which come first
 where both are given; so a link works whether its user sends the headers again or not.
 
+A bucket has two strings to sign where the path names it without a slash at its end: the one with the path as it was sent,
+and that of boto3, which signs the slash and does not send it.
+
 Version 2 says nothing of the body: it counts as unsigned unless x-amz-content-sha256 gives its hash. aws-chunked bodies
 with signatures need version 4.
 
@@ -65,13 +68,15 @@ _KEY_CACHE_COUNT: Final = 1024
 class Claimed(NamedTuple):
     """What a request says of its signature, parsed: all of the check but the time and the secret.
 
-    A pure function of the head, so it may be kept with it. expires: epoch seconds, the last at which it counts. moved:
-    headers that stand in the query, names in lower case.
+    A pure function of the head, so it may be kept with it. expires: epoch seconds, the last at which it counts. to_sign:
+    the string, and the other one that a bucket has, else None. moved: headers that stand in the query, names in lower
+    case.
     """
 
     access_key: str
     expires: int
     to_sign: bytes
+    or_to_sign: bytes | None
     provided: str
     payload: Payload
     payload_sha256: str | None
@@ -144,31 +149,37 @@ def claim_of(head: RequestHead, domain: str | None) -> Claimed:
         message = f"Invalid date (should be seconds since epoch): {claims.printable(expires)}"
         raise S3Error("AccessDenied", message)
     lines = "".join([f"{name}:{amz[name]}\n" for name in sorted(amz) if name.startswith("x-amz-")])
-    text = (
-        f"{head.method}\n{amz.get('content-md5', '')}\n{amz.get('content-type', '')}\n{expires}\n{lines}"
-        f"{_resource(head, domain, signed)}"
-    )
+    text = f"{head.method}\n{amz.get('content-md5', '')}\n{amz.get('content-type', '')}\n{expires}\n{lines}"
+    path, parameters = _path(head, domain), _signed_parameters(signed)
+    to_sign = f"{text}{path}{parameters}".encode("utf-8", "surrogateescape")
+    or_to_sign = None
+    if path.find("/", 1) < 0 and path != "/":
+        or_to_sign = f"{text}{path}/{parameters}".encode("utf-8", "surrogateescape")
     payload, payload_sha256 = payload_of(amz.get("x-amz-content-sha256", Payload.UNSIGNED.value))
     if payload not in (Payload.UNSIGNED, Payload.SIGNED):
         raise S3Error("InvalidRequest", f"A body in signed or trailed chunks needs {claims.ALGORITHM}.")
     return Claimed(
-        found["AWSAccessKeyId"], int(expires), text.encode("utf-8", "surrogateescape"), found["Signature"], payload,
-        payload_sha256, tuple(moved.items()),
+        found["AWSAccessKeyId"], int(expires), to_sign, or_to_sign, found["Signature"], payload, payload_sha256,
+        tuple(moved.items()),
     )  # fmt: skip
 
 
-def _resource(head: RequestHead, domain: str | None, signed: list[tuple[str, str]]) -> str:
-    """The bucket if the host names it, the path exactly as sent, and the signed parameters by name, values decoded."""
+def _path(head: RequestHead, domain: str | None) -> str:
+    """The bucket if the host names it, and the path exactly as sent."""
     bucket = names.bucket_of_host(head.headers.get("host", ""), domain) if domain else None
-    resource = head.raw_path if bucket is None else f"/{bucket}{head.raw_path}"
+    return head.raw_path if bucket is None else f"/{bucket}{head.raw_path}"
+
+
+def _signed_parameters(signed: list[tuple[str, str]]) -> str:
+    """By name, values decoded."""
     if not signed:
-        return resource
+        return ""
     signed.sort(key=lambda pair: pair[0])
-    return f"{resource}?{'&'.join([text for _, text in signed])}"
+    return "?" + "&".join([text for _, text in signed])
 
 
 def _check_signature(claimed: Claimed, secrets: Mapping[str, str], now: float) -> None:
-    access_key, expires, to_sign, provided, *_ = claimed
+    access_key, expires, to_sign, or_to_sign, provided, *_ = claimed
     if now > expires:
         raise S3Error(
             "AccessDenied",
@@ -179,15 +190,20 @@ def _check_signature(claimed: Claimed, secrets: Mapping[str, str], now: float) -
     if secret is None:
         raise S3Error("InvalidAccessKeyId", extra={"AWSAccessKeyId": claims.printable(access_key)})
     # compare_digest takes ASCII text only; what else a client may have sent is wrong anyway.
-    if not provided.isascii() or not hmac.compare_digest(_signing_key(secret).sign(to_sign), provided):
-        raise S3Error(
-            "SignatureDoesNotMatch",
-            extra={
-                "AWSAccessKeyId": access_key,
-                "StringToSign": claims.printable(to_sign.decode("utf-8", "surrogateescape")),
-                "SignatureProvided": claims.printable(provided),
-            },
-        )
+    if provided.isascii():
+        key = _signing_key(secret)
+        if hmac.compare_digest(key.sign(to_sign), provided):
+            return
+        if or_to_sign is not None and hmac.compare_digest(key.sign(or_to_sign), provided):
+            return
+    raise S3Error(
+        "SignatureDoesNotMatch",
+        extra={
+            "AWSAccessKeyId": access_key,
+            "StringToSign": claims.printable(to_sign.decode("utf-8", "surrogateescape")),
+            "SignatureProvided": claims.printable(provided),
+        },
+    )
 
 
 class _SigningKey:

@@ -81,6 +81,9 @@ def test_the_published_example() -> None:
         ("GET\n\n\n{}\n/b/k?versionId=2&versionId=1", "/b/k?versionId=2&versionId=1", "GET", {}),
         ("GET\n\n\n{}\n/b/k?response-expires=a b", "/b/k?response-expires=a+b&x-id=GetObject&x-odd=1", "GET", {}),
         ("GET\n\n\n{}\n/b", "/b?list-type=2&prefix=a&max-keys=1", "GET", {}),
+        ("GET\n\n\n{}\n/b/?acl", "/b?acl", "GET", {}),
+        ("GET\n\n\n{}\n/b/", "/b/", "GET", {}),
+        ("GET\n\n\n{}\n/", "/", "GET", {}),
         ("GET\n\n\n{}\n/b/%41+%2f~//é", "/b/%41+%2f~//é", "GET", {}),
         ("GET\n\n\n{}\n/b/k", "/b/k", "GET", {"range": "bytes=0-1", "if_match": "x"}),
     ],
@@ -119,6 +122,11 @@ def test_virtual_hosted_style_names_the_bucket_in_the_string() -> None:
 def test_a_change_is_noticed(change: dict[str, str]) -> None:
     error = refused(EXAMPLE._replace(**change))  # type: ignore[arg-type]
     assert (error.code, error.status) == ("SignatureDoesNotMatch", 403)
+
+
+def test_a_slash_that_was_not_sent_counts_for_a_bucket_alone() -> None:
+    for text, target in (("GET\n\n\n{}\n/b", "/b/"), ("GET\n\n\n{}\n/b/k/", "/b/k"), ("GET\n\n\n{}\n//", "/")):
+        assert refused(signed(text, target)).code == "SignatureDoesNotMatch"
 
 
 def test_mismatch_shows_what_was_computed() -> None:
