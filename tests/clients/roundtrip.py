@@ -16,6 +16,8 @@ ODD_KEY = "20m +é&=.bin"
 PART_BYTES = 5 << 20
 #: A whole part and a rest.
 MULTIPART_BYTES = PART_BYTES + 1_000_003
+#: Two whole parts and a rest: for what several at once may do wrong.
+LARGE_BYTES = 2 * PART_BYTES + 1_000_003
 
 
 def random_bytes(size: int, seed: int = 1) -> bytes:

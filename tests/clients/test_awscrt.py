@@ -37,11 +37,19 @@ from botocore.exceptions import ClientError
 from s3transfer.crt import CRTTransferManager, create_s3_crt_client
 
 from tests.clients.conftest import Endpoint
-from tests.clients.roundtrip import ODD_KEY, PART_BYTES, digests, objects, random_bytes, sha256, stored, was_multipart
+from tests.clients.roundtrip import (
+    LARGE_BYTES,
+    ODD_KEY,
+    PART_BYTES,
+    digests,
+    objects,
+    random_bytes,
+    sha256,
+    stored,
+    was_multipart,
+)
 from tests.fakes.node import ACCESS_KEY, SECRET_KEY
 
-#: Three parts.
-LARGE_BYTES = 2 * PART_BYTES + 1_000_003
 LARGE = random_bytes(LARGE_BYTES, 6)
 TIMEOUT_S = 60
 

@@ -14,7 +14,7 @@ from s3fs import S3FileSystem
 
 from tests.clients.conftest import Endpoint
 from tests.clients.roundtrip import (
-    MULTIPART_BYTES,
+    LARGE_BYTES,
     ODD_KEY,
     PART_BYTES,
     digests,
@@ -151,7 +151,7 @@ def test_appending(fs: S3FileSystem, origin: Any, bucket: str) -> None:
 def test_large_values_go_up_and_come_down_in_parallel(
     fs: S3FileSystem, origin: Any, bucket: str, tmp_path: Path
 ) -> None:
-    body = random_bytes(MULTIPART_BYTES)
+    body = random_bytes(LARGE_BYTES)
     fs.pipe_file(f"{bucket}/piped", body, chunksize=PART_BYTES)
     assert was_multipart(origin, bucket, "piped")
     (tmp_path / "up").write_bytes(body)
