@@ -20,9 +20,10 @@ import psutil
 import yaml
 from botocore.config import Config
 
-from koscli.demo.processes import answers, free_ports, running, saw_line, tail
+from koscli.demo.processes import answers, running, saw_line, tail
 from tests.conditions import eventually
 from tests.fakes import certificates
+from tests.fakes.ports import free_ports
 
 ACCESS_KEY = "kostestkey"
 SECRET_KEY = "kos/test+secret"

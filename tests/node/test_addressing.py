@@ -10,11 +10,12 @@ from botocore.auth import S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from koscli.demo.processes import free_ports, running, saw_line, tail
+from koscli.demo.processes import running, saw_line, tail
 from tests.conditions import eventually
 from tests.fakes.http import Exchange, Signed, exchange
 from tests.fakes.node import ACCESS_KEY, SECRET_KEY, START_TIMEOUT_S, Node, client, node, phase
 from tests.fakes.origin import FakeOrigin
+from tests.fakes.ports import free_ports
 
 DOMAIN = "s3.kos.test"
 
