@@ -69,6 +69,12 @@ BREAKER_STATE: Final = Gauge(
 CACHING: Final = Gauge(
     "kos_caching", "1 while new blocks are stored, 0 while caching is off", multiprocess_mode="livemostrecent"
 )
+LISTING_PAGE_ERRORS: Final = Counter(
+    "kos_listing_page_errors_total",
+    "Pages of listings that could not be kept or found. kind: locked, full, damaged, disk, slow, row, busy, "
+    "disk_nearly_full, path",
+    ["kind"],
+)
 TASK_FAILURES: Final = Counter("kos_task_failures_total", "Tasks that ended by an unexpected exception", ["owner"])
 TLS_HANDSHAKES: Final = Counter(
     "kos_tls_handshakes_total",

@@ -20,6 +20,7 @@ from kos.log import AccessLog
 from kos.origin.lane import OriginLane
 from kos.tasks import Tasks
 from koscache.carrier import Carrier
+from kosproxy.listings import Listings
 
 
 class RequestIds:
@@ -59,7 +60,7 @@ class HeldBytes:
 class Parts:
     """secrets: access key to secret key of everybody who may sign. threads: for file reads that wait for the disk.
     hashers: for hashing bodies beside the loop; threads of their own, so that no hanging disk holds up a write. tasks:
-    owns writes, which outlive the client that sent them."""
+    owns writes, which outlive the client that sent them. listings: None where no page of a listing is kept."""
 
     config: Config
     secrets: Mapping[str, str]
@@ -71,4 +72,5 @@ class Parts:
     threads: Executor
     hashers: Executor
     request_ids: RequestIds = field(default_factory=RequestIds)
+    listings: Listings | None = None
     held: HeldBytes = field(default_factory=HeldBytes)

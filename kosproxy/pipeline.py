@@ -33,6 +33,7 @@ from kosproxy.exchange import Exchange
 from kosproxy.fastlane import FastLane
 from kosproxy.handlers.forward import forward, tell_refused
 from kosproxy.handlers.get import read
+from kosproxy.handlers.list import list_objects
 from kosproxy.handlers.part import read_part
 from kosproxy.handlers.preflight import Preflights, is_preflight
 from kosproxy.handlers.write import write
@@ -43,7 +44,7 @@ _log: Final = logging.getLogger("kosproxy.pipeline")
 _HANDLERS: Final = {
     Handling.READ: read,
     Handling.PART: read_part,
-    Handling.LIST: forward,
+    Handling.LIST: list_objects,
     Handling.WRITE: write,
     Handling.FORWARD: forward,
 }

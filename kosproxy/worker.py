@@ -36,6 +36,8 @@ from kos.tasks import Tasks
 from koscache.carrier import Carrier
 from koscache.reader import Reader
 from kosproxy.certificate import Certificate
+from kosproxy.listings import Listings
+from kosproxy.pages import Pages, PageStore
 from kosproxy.parts import Parts
 from kosproxy.pipeline import Pipeline
 from kosproxy.render import not_tls, turned_away
@@ -156,9 +158,16 @@ async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterato
         stack.push_async_callback(origin.close)
         reader = Reader(settings.cache.dir)
         stack.callback(reader.close)
-        carrier = Carrier(settings, reader, origin, Rules(settings.rules), clock, tasks)
+        rules = Rules(settings.rules)
+        carrier = Carrier(settings, reader, origin, rules, clock, tasks)
         await carrier.start()
         stack.push_async_callback(carrier.close)
+        listings = None
+        cache = settings.cache
+        if cache.enabled and cache.listings_bytes:
+            pages = Pages(PageStore(cache.dir, cache.listings_bytes, cache.min_free_bytes), clock)
+            stack.push_async_callback(pages.close)
+            listings = Listings(pages, carrier, origin, rules, clock, tasks)
         tasks.spawn(metrics.flush_forever(clock), "metrics")
         stack.push_async_callback(tasks.close, CLOSE_S)
         yield Parts(
@@ -171,6 +180,7 @@ async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterato
             access_log=access_log,
             threads=threads,
             hashers=hashers,
+            listings=listings,
         )
 
 

@@ -13,11 +13,12 @@ import base64
 import binascii
 import hashlib
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate, parsedate_to_datetime
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote_plus, unquote
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
@@ -386,46 +387,80 @@ class OriginStore:
     def _ListObjectsV2(self, request: Request) -> Answer:
         query = request.query
         v2 = query.get("list-type") == "2"
-        after = query.get("continuation-token") or query.get("start-after") or query.get("marker") or ""
-        limit = min(int(query.get("max-keys", "1000")), 1000)
-        rows: list[str] = []
+        limit = _max_keys(query.get("max-keys", ""))
+        encoding = query.get("encoding-type")
+        if encoding is not None and encoding.lower() != "url":
+            raise _bad_argument("Invalid Encoding Method specified in Request", "encoding-type", encoding)
+        after, inside_groups = query.get("marker", ""), False
+        if v2:
+            after, inside_groups = query.get("start-after", ""), True
+            if "continuation-token" in query:
+                after, inside_groups = _token_read(query["continuation-token"]), False
+        if limit < 0:
+            raise _bad_argument("Argument maxKeys must be an integer between 0 and 2147483647", "maxKeys", str(limit))
+        contents: list[str] = []
+        groups: list[str] = []
         last, truncated = "", False
-        for kind, name, version in self._entries(request, after):
-            if len(rows) == limit:
+        owner = "<Owner><ID>fake</ID></Owner>" if not v2 or query.get("fetch-owner") == "true" else ""
+
+        def show(text: str) -> str:
+            return quote_plus(text, safe="/*") if encoding else _as_xml(text)
+
+        for name, version in self._entries(request, after, inside_groups):
+            if len(contents) + len(groups) == min(limit, 1000):
                 truncated = limit > 0
                 break
-            shown = quote(name) if query.get("encoding-type") == "url" else escape(name)
-            if kind == "prefix" or version is None:
-                rows.append(f"<CommonPrefixes><Prefix>{shown}</Prefix></CommonPrefixes>")
+            if version is None:
+                groups.append(f"<CommonPrefixes><Prefix>{show(name)}</Prefix></CommonPrefixes>")
             else:
-                rows.append(f"<Contents><Key>{shown}</Key>{_stamp(version)}<Size>{len(version.body)}</Size></Contents>")
+                about = f"<Key>{show(name)}</Key>{_stamp(version)}<Size>{len(version.body)}</Size>{owner}"
+                contents.append(f"<Contents>{about}<StorageClass>STANDARD</StorageClass></Contents>")
             last = name
-        token = ("NextContinuationToken" if v2 else "NextMarker") if truncated else ""
-        following = f"<{token}>{escape(last)}</{token}>" if token else ""
-        count = f"<KeyCount>{len(rows)}</KeyCount>" if v2 else ""
-        about = f"<Name>{request.bucket}</Name><Prefix>{escape(query.get('prefix', ''))}</Prefix>"
-        about += f"<MaxKeys>{limit}</MaxKeys><IsTruncated>{str(truncated).lower()}</IsTruncated>{count}{following}"
-        return xml_answer(200, f"<ListBucketResult>{about}{''.join(rows)}</ListBucketResult>")
+        elements = [("Name", request.bucket), ("Prefix", show(query.get("prefix", "")))]
+        if v2:
+            if "continuation-token" in query:
+                elements.append(("ContinuationToken", escape(query["continuation-token"])))
+            elif "start-after" in query:
+                elements.append(("StartAfter", show(query["start-after"])))
+            if truncated:
+                elements.append(("NextContinuationToken", _token(last)))
+            elements.append(("KeyCount", str(len(contents) + len(groups))))
+        else:
+            elements.append(("Marker", show(query.get("marker", ""))))
+            if truncated and query.get("delimiter"):
+                elements.append(("NextMarker", show(last)))
+        elements.append(("MaxKeys", str(limit)))
+        if query.get("delimiter"):
+            elements.append(("Delimiter", show(query["delimiter"])))
+        if encoding:
+            elements.append(("EncodingType", encoding))
+        elements.append(("IsTruncated", str(truncated).lower()))
+        head = "".join(f"<{name}>{text}</{name}>" for name, text in elements)
+        return xml_answer(200, f"<ListBucketResult>{head}{''.join(contents + groups)}</ListBucketResult>")
 
     _ListObjects = _ListObjectsV2
 
-    def _entries(self, request: Request, after: str) -> Iterator[tuple[str, str, Version | None]]:
+    def _entries(self, request: Request, after: str, inside_groups: bool) -> Iterator[tuple[str, Version | None]]:
+        """Keys with their versions and groups with None, in order of their bytes, all behind `after`.
+
+        inside_groups: a group is listed again if only some of its keys are behind `after` (start-after), else not (tokens
+        and markers, where `after` may name a group that was listed).
+        """
         prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
         home = self.buckets[request.bucket]
         seen = ""
-        for key in sorted(home.objects):
+        for key in sorted(home.objects, key=lambda key: key.encode("utf-8", "surrogateescape")):
             version = home.latest(key)
-            if version is None or not key.startswith(prefix):
+            if version is None or not key.startswith(prefix) or _bytes(key) <= _bytes(after):
                 continue
             cut = key.find(delimiter, len(prefix)) if delimiter else -1
             if cut < 0:
-                if key > after:
-                    yield "key", key, version
+                yield key, version
                 continue
-            common = key[: cut + len(delimiter)]
-            if common != seen and common > after:
-                yield "prefix", common, None
-            seen = common
+            group = key[: cut + len(delimiter)]
+            if group != seen and (inside_groups or not after.startswith(group)):
+                yield group, None
+            seen = group
 
     def _ListBuckets(self, request: Request) -> Answer:
         rows = "".join(f"<Bucket><Name>{name}</Name></Bucket>" for name in sorted(self.buckets))
@@ -460,6 +495,49 @@ class OriginStore:
         if name in ("location", "versioning", "acl", "tagging"):
             return xml_answer(200, f"<{name.capitalize()}/>")
         raise Refusal(404, "NoSuchConfiguration")
+
+
+def _max_keys(text: str) -> int:
+    """As S3 reads it; may be negative."""
+    if not text:
+        return 1000
+    if not re.fullmatch("-?[0-9]+", text, re.ASCII) or len(text) > 4000 or not -(2**31) <= int(text) < 2**31:
+        raise _bad_argument("Provided max-keys not an integer or within integer range", "max-keys", text)
+    return int(text)
+
+
+def _bad_argument(message: str, name: str, value: str = "") -> Refusal:
+    extra = f"<ArgumentName>{name}</ArgumentName>"
+    return Refusal(
+        400,
+        "InvalidArgument",
+        message,
+        extra=extra + (f"<ArgumentValue>{escape(value)}</ArgumentValue>" if value else ""),
+    )
+
+
+def _token(last: str) -> str:
+    """Opaque, with the characters of base64 that a careless client or proxy would change."""
+    return base64.b64encode(b"\xfb\xff" + _bytes(last)).decode()
+
+
+def _token_read(token: str) -> str:
+    try:
+        raw = base64.b64decode(token, validate=True)
+    except binascii.Error:
+        raw = b""
+    if not raw.startswith(b"\xfb\xff"):
+        raise _bad_argument("The continuation token provided is incorrect", "continuation-token")
+    return raw[2:].decode("utf-8", "surrogateescape")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _as_xml(text: str) -> str:
+    """Text as S3 puts it into a document: what XML cannot hold becomes a reference all the same."""
+    return re.sub("[\x00-\x08\x0b-\x1f]", lambda found: f"&#x{ord(found[0]):x};", escape(text))
 
 
 def operation(method: str, key: str, query: Headers, headers: Headers) -> str:
