@@ -112,6 +112,30 @@ def test_a_large_upload_takes_its_connection_with_its_first_bytes(setup: Setup) 
     eventually(lambda: len(setup.proxy.lines) == 9)
 
 
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 8193])
+@pytest.mark.parametrize("form", ["plain", "md5", "header", "trailer"])
+@pytest.mark.parametrize("cut", [1, 1500, 4096, 100_000])
+def test_around_the_size_up_to_which_bodies_are_held(tmp_path: Path, size: int, form: str, cut: int) -> None:
+    body = bytes(number % 251 for number in range(size))
+    wire, headers, payload = body, {}, UNSIGNED
+    if form == "md5":
+        headers = {"content-md5": base64.b64encode(hashlib.md5(body).digest()).decode()}
+    elif form == "header":
+        headers = {"x-amz-checksum-crc32": crc32(body)}
+    elif form == "trailer":
+        payload, (wire, headers) = TRAILERS, with_trailer(body, crc32(body))
+    with writer(tmp_path, relay_buffer_bytes=4096) as setup:
+        head = signed("PUT", "/bucket/k", (), headers, payload, len(wire))
+        step = max(cut, size // 50)
+        assert ask(setup, head, *(wire[at : at + step] for at in range(0, len(wire), step))).status == 200
+        found = setup.origin.get("bucket", "k")
+        assert found is not None and found.body == body
+        (request,) = setup.origin.requests
+        assert ("x-amz-trailer" in request.headers) == (form == "trailer" and size > 4096)
+        assert found.checksums == ({"x-amz-checksum-crc32": crc32(body)} if form in ("header", "trailer") else {})
+        assert setup.proxy.parts is not None and setup.proxy.parts.held.bytes == 0
+
+
 # -- documents
 
 SETTINGS = [
