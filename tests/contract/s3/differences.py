@@ -143,12 +143,10 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
         {
             "buckets.method_on_the_service[FROB]": {
                 "1 FROB /.status": ("405", "400"),
-                "1 FROB /.body": ("153 bytes bfb286554b24db87", "absent"),
                 "1 FROB /./Error/Code": ("absent", "'InvalidRequest'"),
             },
             "objects.method[FROB]": {
                 "2 FROB /BUCKET/k.status": ("405", "400"),
-                "2 FROB /BUCKET/k.body": ("153 bytes bfb286554b24db87", "absent"),
                 "2 FROB /BUCKET/k./Error/Code": ("absent", "'InvalidRequest'"),
             },
         },
@@ -158,7 +156,6 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
         {
             "buckets.method_on_a_bucket[POST]": {
                 "1 POST /BUCKET.status": ("500", "501"),
-                "1 POST /BUCKET.body": ("265 bytes ae5163256b944013", "absent"),
                 "1 POST /BUCKET./Error/Code": ("absent", "'NotImplemented'"),
             },
         },
@@ -168,12 +165,10 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
         {
             "buckets.method_on_a_bucket[PATCH]": {
                 "1 PATCH /BUCKET.status": ("500", "405"),
-                "1 PATCH /BUCKET.body": ("265 bytes ae5163256b944013", "absent"),
                 "1 PATCH /BUCKET./Error/Code": ("absent", "'MethodNotAllowed'"),
             },
             "objects.method[PATCH]": {
                 "2 PATCH /BUCKET/k.status": ("500", "405"),
-                "2 PATCH /BUCKET/k.body": ("265 bytes ae5163256b944013", "absent"),
                 "2 PATCH /BUCKET/k./Error/Code": ("absent", "'MethodNotAllowed'"),
             },
         },
@@ -215,24 +210,24 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
             },
             "conditions.shape[none-match star]": {
                 "2 GET /BUCKET/k.status": ("200", "304"),
-                "2 GET /BUCKET/k.body": ("b'0123456789'", "b''"),
+                "2 GET /BUCKET/k.body": ("b'0123456789'", "absent"),
                 "3 HEAD /BUCKET/k.status": ("200", "304"),
                 "4 GET /BUCKET/k.status": ("200", "304"),
-                "4 GET /BUCKET/k.body": ("b'0123456789'", "b''"),
+                "4 GET /BUCKET/k.body": ("b'0123456789'", "absent"),
             },
             "conditions.shape[none-match weak]": {
                 "2 GET /BUCKET/k.status": ("200", "304"),
-                "2 GET /BUCKET/k.body": ("b'0123456789'", "b''"),
+                "2 GET /BUCKET/k.body": ("b'0123456789'", "absent"),
                 "3 HEAD /BUCKET/k.status": ("200", "304"),
                 "4 GET /BUCKET/k.status": ("200", "304"),
-                "4 GET /BUCKET/k.body": ("b'0123456789'", "b''"),
+                "4 GET /BUCKET/k.body": ("b'0123456789'", "absent"),
             },
             "conditions.shape[none-match list]": {
                 "2 GET /BUCKET/k.status": ("200", "304"),
-                "2 GET /BUCKET/k.body": ("b'0123456789'", "b''"),
+                "2 GET /BUCKET/k.body": ("b'0123456789'", "absent"),
                 "3 HEAD /BUCKET/k.status": ("200", "304"),
                 "4 GET /BUCKET/k.status": ("200", "304"),
-                "4 GET /BUCKET/k.body": ("b'0123456789'", "b''"),
+                "4 GET /BUCKET/k.body": ("b'0123456789'", "absent"),
             },
             "conditions.shape[match list]": {
                 "2 GET /BUCKET/k.status": ("412", "200"),
@@ -261,17 +256,17 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
         {
             "conditions.shape[modified no date]": {
                 "2 GET /BUCKET/k.status": ("500", "200"),
-                "2 GET /BUCKET/k.body": ("265 bytes ae5163256b944013", "b'0123456789'"),
+                "2 GET /BUCKET/k.body": ("absent", "b'0123456789'"),
                 "3 HEAD /BUCKET/k.status": ("500", "200"),
                 "4 GET /BUCKET/k.status": ("500", "200"),
-                "4 GET /BUCKET/k.body": ("265 bytes ae5163256b944013", "b'0123456789'"),
+                "4 GET /BUCKET/k.body": ("absent", "b'0123456789'"),
             },
             "conditions.shape[unmodified no date]": {
                 "2 GET /BUCKET/k.status": ("500", "200"),
-                "2 GET /BUCKET/k.body": ("265 bytes ae5163256b944013", "b'0123456789'"),
+                "2 GET /BUCKET/k.body": ("absent", "b'0123456789'"),
                 "3 HEAD /BUCKET/k.status": ("500", "200"),
                 "4 GET /BUCKET/k.status": ("500", "200"),
-                "4 GET /BUCKET/k.body": ("265 bytes ae5163256b944013", "b'0123456789'"),
+                "4 GET /BUCKET/k.body": ("absent", "b'0123456789'"),
             },
         },
     ),
@@ -374,32 +369,26 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
         {
             "deletes.document[nothing]": {
                 "3 POST /BUCKET?delete.status": ("500", "400"),
-                "3 POST /BUCKET?delete.body": ("265 bytes ae5163256b944013", "absent"),
                 "3 POST /BUCKET?delete./Error/Code": ("absent", "'MalformedXML'"),
             },
             "deletes.document[no XML]": {
                 "3 POST /BUCKET?delete.status": ("500", "400"),
-                "3 POST /BUCKET?delete.body": ("265 bytes ae5163256b944013", "absent"),
                 "3 POST /BUCKET?delete./Error/Code": ("absent", "'MalformedXML'"),
             },
             "deletes.document[broken XML]": {
                 "3 POST /BUCKET?delete.status": ("500", "400"),
-                "3 POST /BUCKET?delete.body": ("265 bytes ae5163256b944013", "absent"),
                 "3 POST /BUCKET?delete./Error/Code": ("absent", "'MalformedXML'"),
             },
             "deletes.document[another root]": {
                 "3 POST /BUCKET?delete.status": ("500", "400"),
-                "3 POST /BUCKET?delete.body": ("265 bytes ae5163256b944013", "absent"),
                 "3 POST /BUCKET?delete./Error/Code": ("absent", "'MalformedXML'"),
             },
             "deletes.document[no objects]": {
                 "3 POST /BUCKET?delete.status": ("500", "400"),
-                "3 POST /BUCKET?delete.body": ("265 bytes ae5163256b944013", "absent"),
                 "3 POST /BUCKET?delete./Error/Code": ("absent", "'MalformedXML'"),
             },
             "deletes.document[no key]": {
                 "3 POST /BUCKET?delete.status": ("500", "400"),
-                "3 POST /BUCKET?delete.body": ("265 bytes ae5163256b944013", "absent"),
                 "3 POST /BUCKET?delete./Error/Code": ("absent", "'MalformedXML'"),
             },
         },
@@ -409,9 +398,7 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
         {
             "listings.query[max-keys of letters]": {
                 "1 GET /BUCKET?list-type=2&max-keys=many.status": ("500", "400"),
-                "1 GET /BUCKET?list-type=2&max-keys=many.body": ("265 bytes ae5163256b944013", "absent"),
                 "2 GET /BUCKET?list-type=2&max-keys=many.status": ("500", "400"),
-                "2 GET /BUCKET?list-type=2&max-keys=many.body": ("265 bytes ae5163256b944013", "absent"),
                 "1 GET /BUCKET?list-type=2&max-keys=many./Error/Code": ("absent", "'InvalidArgument'"),
                 "2 GET /BUCKET?list-type=2&max-keys=many./Error/Code": ("absent", "'InvalidArgument'"),
             },
@@ -429,9 +416,7 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
             },
             "listings.query[v1 max-keys of letters]": {
                 "1 GET /BUCKET?max-keys=many.status": ("500", "400"),
-                "1 GET /BUCKET?max-keys=many.body": ("265 bytes ae5163256b944013", "absent"),
                 "2 GET /BUCKET?max-keys=many.status": ("500", "400"),
-                "2 GET /BUCKET?max-keys=many.body": ("265 bytes ae5163256b944013", "absent"),
                 "1 GET /BUCKET?max-keys=many./Error/Code": ("absent", "'InvalidArgument'"),
                 "2 GET /BUCKET?max-keys=many./Error/Code": ("absent", "'InvalidArgument'"),
             },
@@ -448,9 +433,7 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
         {
             "listings.query[empty max-keys]": {
                 "1 GET /BUCKET?list-type=2&max-keys=.status": ("500", "200"),
-                "1 GET /BUCKET?list-type=2&max-keys=.body": ("265 bytes ae5163256b944013", "absent"),
                 "2 GET /BUCKET?list-type=2&max-keys=.status": ("500", "200"),
-                "2 GET /BUCKET?list-type=2&max-keys=.body": ("265 bytes ae5163256b944013", "absent"),
             },
         },
     ),

@@ -333,17 +333,35 @@ def _flat(value: Any, path: str = "") -> Observation:
 def differences(direct: Observation, through: Observation) -> dict[str, tuple[str, str]]:
     """path -> (what the origin gives directly, what it gives through kos), for paths where these are not the same.
 
-    Of answers with different statuses only status, error code and body are told: nothing else can be alike.
+    Of answers with different statuses only status, error code and a body that was asked for are told: nothing else can
+    be alike.
     """
     paths = [*direct, *(path for path in through if path not in direct)]
-    pairs = {path: (direct.get(path, "absent"), through.get(path, "absent")) for path in paths}
-    found = {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
-    apart = {path.removesuffix("status") for path in found if path.endswith(".status")}
-    return {
-        path: pair
-        for path, pair in found.items()
-        if path.endswith(_TOLD) or not any(path.startswith(request) for request in apart)
+    apart = {
+        path.removesuffix("status")
+        for path in paths
+        if path.endswith(".status") and direct.get(path) != through.get(path)
     }
+    found: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        request = next((each for each in apart if path.startswith(each)), None)
+        if request is None:
+            pair = direct.get(path, "absent"), through.get(path, "absent")
+        elif path.endswith(_TOLD):
+            pair = _told(direct, request, path), _told(through, request, path)
+        else:
+            continue
+        if pair[0] != pair[1]:
+            found[path] = pair
+    return found
 
 
-_TOLD: Final = (".status", ".Error.Code", "/Error/Code", ".Body", ".body")
+_BODIES: Final = (".Body", ".body")
+_TOLD: Final = (".status", ".Error.Code", "/Error/Code", *_BODIES)
+
+
+def _told(seen: Observation, request: str, path: str) -> str:
+    # The body of an error is its document or a page for people.
+    if path.endswith(_BODIES) and not seen.get(f"{request}status", "").startswith("2"):
+        return "absent"
+    return seen.get(path, "absent")
