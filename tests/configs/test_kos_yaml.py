@@ -77,7 +77,9 @@ def test_the_file_is_good_and_holds_the_defaults() -> None:
     assert loaded.cache == config.Cache(dir=loaded.cache.dir, size_bytes=loaded.cache.size_bytes)
 
 
-@pytest.mark.parametrize("option", [each for each in OPTIONS.values() if each.kind and not each.required], ids=str)
+@pytest.mark.parametrize(
+    "option", [each for each in OPTIONS.values() if each.kind and not each.required], ids=lambda option: option.path
+)
 def test_every_default_would_be_accepted(option: Option) -> None:
     assert option.kind is not None
     if option.default is not None:
