@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from yarl import URL
 
 from kos.clock import Clock
 from kos.config import Origin
-from kos.errors import OriginBroken, OriginUnavailable, S3Error
+from kos.errors import ConfigError, OriginBroken, OriginUnavailable, S3Error
 from kos.origin import retry as retrying
 from kos.origin.breaker import Breaker, Refused, Ticket
 from kos.origin.credentials import Credentials, CredentialSource, resolve_endpoint
@@ -53,6 +54,8 @@ _HEADERS_MAX: Final = 256
 _WAITING_PER_CONNECTION: Final = 16
 #: An error's body is read to keep its connection for the next attempt, if it is no longer than this.
 _DRAIN_BYTES: Final = 64 * 1024
+#: A reason why there is no connection is logged once in so many seconds; another one at once.
+_SAY_AGAIN_S: Final = 60.0
 #: Ours to say, whatever the caller copied from its client.
 _OURS: Final = frozenset(
     {
@@ -69,6 +72,8 @@ _OURS: Final = frozenset(
 )
 #: Longer bodies are sent in pieces, so that their progress is seen and no timeout takes a slow link for a dead origin.
 _PIECE_BYTES: Final = 64 * 1024
+
+_log: Final = logging.getLogger("kos.origin")
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 Body = bytes | bytearray | memoryview | AsyncIterable[Piece] | None
@@ -131,6 +136,8 @@ class OriginLane:
         self.breaker = Breaker(origin.breaker_failures, origin.breaker_open_s, probe_s)
         self._places = asyncio.Semaphore(origin.connections)
         self._waiting = 0
+        self._said = ""
+        self._said_at = 0.0
         self._session: aiohttp.ClientSession | None = None
         self._scheme = self._authority = self._base_path = ""
         self._timeouts = _timeouts(origin, origin.read_timeout_s)
@@ -328,12 +335,23 @@ class OriginLane:
             failed = _classify(error)
             self.breaker.failed(ticket, self._clock.monotonic(), failed.failure.value)
             self._observer.failed(failed.failure.value)
+            self._say(failed)
             told = True
             return failed
         finally:
             if not told:
                 self.breaker.abandoned(ticket, self._clock.monotonic())
             self._observer.breaker(self.breaker.state)
+
+    def _say(self, failed: _Failed) -> None:
+        """Log that there is no connection, which is for an operator to mend (a name, a port, a certificate): once, and
+        again when the reason changes or a minute has passed."""
+        if failed.failure not in (Failure.CONNECT, Failure.CONNECT_TIMEOUT):
+            return
+        now = self._clock.monotonic()
+        if failed.text != self._said or now - self._said_at >= _SAY_AGAIN_S:
+            self._said, self._said_at = failed.text, now
+            _log.warning("no connection to the origin", extra={"reason": failed.text})
 
     async def _send_in_turn(self, pending: _Request, credentials: Credentials) -> aiohttp.ClientResponse:
         """Send with one of the bounded connections, whose place is given back together with it."""
@@ -474,7 +492,12 @@ def _timeouts(origin: Origin, read_s: float) -> aiohttp.ClientTimeout:
 
 
 def _tls(origin: Origin) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=origin.ca_file)
+    try:
+        context = ssl.create_default_context(cafile=origin.ca_file)
+    except OSError as error:
+        # ssl.SSLError is one too: a file without a certificate.
+        found = error.strerror or str(error)
+        raise ConfigError(f"origin.ca_file: {origin.ca_file}: found {found}, allowed: certificates in PEM") from error
     if not origin.verify_tls:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

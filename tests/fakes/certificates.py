@@ -48,7 +48,7 @@ def ca_file() -> Path:
 
 @functools.cache
 def server() -> Pair:
-    """The session's pair: for 127.0.0.1, localhost and names below it, valid for a day."""
+    """The session's pair: for 127.0.0.1, localhost, s3.kos.test and names below that, valid for a day."""
     return make(Path(_authority().directory.name), "node")
 
 
@@ -65,7 +65,8 @@ def make(directory: Path, name: str, *, lasts: datetime.timedelta = datetime.tim
     names: list[x509.GeneralName] = [
         x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
         x509.DNSName("localhost"),
-        x509.DNSName("*.localhost"),
+        x509.DNSName("s3.kos.test"),
+        x509.DNSName("*.s3.kos.test"),
         # Of "*.localhost" OpenSSL thinks as of "*.com": too much for one certificate.
         x509.DNSName("s3.localhost"),
         x509.DNSName("*.s3.localhost"),
