@@ -86,6 +86,7 @@ def test_looking_around(fs: S3FileSystem, bucket: str) -> None:
     bodies[ODD_KEY] = b"odd"
     fs.pipe({f"{bucket}/{key}": body for key, body in bodies.items()})
     names = sorted(f"{bucket}/{key}" for key in bodies)
+    assert fs.cat(names) == {f"{bucket}/{key}": body for key, body in bodies.items()}
     assert sorted(fs.find(bucket)) == names
     assert sorted(fs.find(bucket, prefix="dee")) == [name for name in names if "/dee" in name]
     assert sorted(fs.ls(bucket, detail=False)) == sorted(
