@@ -96,6 +96,23 @@ def test_the_least(tmp_path: Path) -> None:
             "FILE:2: listen.admin: found 127.0.0.1:9000 as in listen.s3",
         ),
         (("admin: 127.0.0.1:9001", "admin: 0.0.0.0:9000"), "FILE:2: listen.admin: found 0.0.0.0:9000 as in listen.s3"),
+        (
+            ("s3: 127.0.0.1:9000", "s3: none"),
+            "FILE:2: listen.s3: found none, and no s3_tls, allowed: an address for s3",
+        ),
+        (("s3: 127", "s3_tls: 127.0.0.1:9443, s3: 127"), "FILE:2: listen.tls_cert_file: found nothing, but s3_tls"),
+        (
+            ("s3: 127", "tls_key_file: /k, s3: 127"),
+            "FILE:2: listen.tls_key_file: found no s3_tls, allowed: only beside",
+        ),
+        (
+            ("s3: 127", "s3_tls: 127.0.0.1:9000, tls_cert_file: /c, tls_key_file: /k, s3: 127"),
+            "FILE:2: listen.s3_tls: found 127.0.0.1:9000 as in listen.s3, allowed: an address of its own",
+        ),
+        (
+            ("s3: 127", "tls_cert_file: c.pem, s3: 127"),
+            "listen.tls_cert_file: found 'c.pem', allowed: an absolute path",
+        ),
         (("s3: 127.0.0.1:9000", "s3: 127.0.0.1"), "FILE:2: listen.s3: found '127.0.0.1', allowed: HOST:PORT"),
         (("s3: 127.0.0.1:9000", "s3: 127.0.0.1:70000"), "listen.s3: found '127.0.0.1:70000'"),
         (("s3: 127.0.0.1:9000", "s3: 127.0.0.300:9000"), "listen.s3: found '127.0.0.300:9000'"),

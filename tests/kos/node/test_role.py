@@ -23,6 +23,7 @@ from kos import config
 from kos.node.role import Role, children_of, raise_nofile
 from koscli.main import main
 from tests.conditions import until
+from tests.fakes import certificates
 
 ROOT = Path(__file__).parents[3]
 
@@ -149,6 +150,33 @@ async def test_from_start_to_exit(config_path: Path) -> None:
         assert f"child --config {config_path} --index 1 --s3 {about['listen']['s3']}" in err.decode()
 
 
+async def test_http_and_https(config_path: Path, tmp_path: Path) -> None:
+    pair = certificates.make(tmp_path, "node")
+    tls = f'", s3_tls: "127.0.0.1:0", tls_cert_file: "{pair.cert_file}", tls_key_file: "{pair.key_file}'
+    config_path.write_text(CONFIG.format(s3="127.0.0.1:0" + tls, dir=tmp_path))
+    async with node(config_path) as running:
+        line = await running.line()
+        url = r"127\.0\.0\.1:\d+"
+        match = re.fullmatch(rf"kos ready s3=http://({url}) s3_tls=https://({url}) admin=(http://{url})\n", line)
+        assert match is not None, line
+        running.admin = match[3]
+        _, about = await running.get("/v1/status")
+        assert about["urls"] == {"s3": f"http://{match[1]}", "s3_tls": f"https://{match[2]}", "admin": match[3]}
+        assert match[1] != match[2]
+        running.process.send_signal(signal.SIGTERM)
+        _, err = await asyncio.wait_for(running.process.communicate(), 30)
+    assert f"--index 1 --s3 {match[1]} --s3-tls {match[2]}\n" in err.decode()
+
+
+async def test_a_certificate_that_is_not_there(config_path: Path, tmp_path: Path) -> None:
+    tls = f'", s3_tls: "127.0.0.1:0", tls_cert_file: "{tmp_path}/a.crt", tls_key_file: "{tmp_path}/a.key'
+    config_path.write_text(CONFIG.format(s3="127.0.0.1:0" + tls, dir=tmp_path))
+    async with node(config_path) as running:
+        out, err = await asyncio.wait_for(running.process.communicate(), 60)
+    assert (running.process.returncode, out) == (2, b"")
+    assert err.decode().startswith(f"listen.tls_cert_file: {tmp_path}/a.crt: found No such file or directory, allowed:")
+
+
 async def test_a_port_that_is_taken(config_path: Path, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -186,6 +214,9 @@ def test_roles_alone(config_path: Path) -> None:
     assert [spec.name for spec in children_of("c", settings, alone, {}, metrics_dir)] == ["daemon"]
     proxy = children_of("c", settings, Role("proxy", worker=("w",)), {"s3": "h:1"}, metrics_dir)
     assert [spec.name for spec in proxy] == ["worker-0", "worker-1"]
+    proxy = children_of("c", settings, Role("proxy", worker=("w",)), {"s3_tls": "h:2"}, metrics_dir)
+    assert proxy[0].argv == ("w", "--config", "c", "--index", "0", "--s3-tls", "h:2")
+    proxy = children_of("c", settings, Role("proxy", worker=("w",)), {"s3": "h:1"}, metrics_dir)
     assert proxy[1].argv == ("w", "--config", "c", "--index", "1", "--s3", "h:1")
 
 
