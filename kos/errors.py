@@ -53,12 +53,9 @@ S3_CODES: Final[dict[str, tuple[int, str]]] = {
     "MaxMessageLengthExceeded": (400, "Your request was too large."),
     "MethodNotAllowed": (405, "The specified method is not allowed against this resource."),
     "MissingContentLength": (411, "You must provide the Content-Length HTTP header."),
-    "MissingSecurityHeader": (400, "Your request is missing a required header."),
-    "NoSuchBucket": (404, "The specified bucket does not exist."),
     "NoSuchKey": (404, "The specified key does not exist."),
     "NoSuchVersion": (404, "The specified version does not exist."),
     "NotImplemented": (501, "A header that you provided implies functionality that is not implemented."),
-    "NotModified": (304, "Not Modified"),
     "PreconditionFailed": (412, "At least one of the preconditions that you specified did not hold."),
     "RequestHeaderSectionTooLarge": (400, "Your request header section exceeds the maximum allowed size."),
     "RequestTimeTooSkewed": (403, "The difference between the request time and the server's time is too large."),
@@ -73,7 +70,6 @@ S3_CODES: Final[dict[str, tuple[int, str]]] = {
         "Check your key and signing method.",
     ),
     "SlowDown": (503, "Please reduce your request rate."),
-    "UnexpectedContent": (400, "This request contains unsupported content."),
     "XAmzContentSHA256Mismatch": (400, "The provided 'x-amz-content-sha256' header does not match what was computed."),
 }
 

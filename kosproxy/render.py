@@ -61,8 +61,6 @@ def error(
     if cache_note is not None:
         headers.append(("x-kos-cache", cache_note))
     headers += failure.headers.items()
-    if failure.status == 304:
-        return Rendered(304, headers, b"")
     resource = "" if head is None else head.raw_path
     body = error_document(failure.code, failure.message, resource, request_id, failure.extra)
     headers.append(("Content-Type", "application/xml"))

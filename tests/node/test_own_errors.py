@@ -179,15 +179,11 @@ ERRORS = {
 #: Codes that a healthy node cannot be made to give by one request, and why.
 NOT_BY_A_REQUEST = {
     "InternalError": "a fault in kos itself",
-    "MissingSecurityHeader": "only as an origin's",
-    "NoSuchBucket": "only as an origin's",
     "NoSuchKey": "the origin's own, unless many wait for a HEAD",
     "NoSuchVersion": "the origin's own, unless many wait for a HEAD",
-    "NotModified": "has no document",
     "RequestTimeout": "takes a minute of silence",
     "ServiceUnavailable": "the origin must be away",
     "SlowDown": "a bound must be reached",
-    "UnexpectedContent": "only as an origin's",
 }
 
 
