@@ -225,6 +225,7 @@ class OriginLane:
             )
             if isinstance(outcome, OriginResponse):
                 if not decision.again:
+                    outcome.attempts = attempt
                     return outcome
                 await _discard(outcome)
             elif not decision.again:

@@ -21,7 +21,8 @@ from kos.origin.sink import BodySink, Delivery, announced_length
 class OriginResponse:
     """status and headers are there; take the body by one of read, pieces, into. An async context manager.
 
-    content_length: of the header, so of a HEAD's object too; None if there is none.
+    content_length: of the header, so of a HEAD's object too; None if there is none. attempts: how often it was asked
+    for; what became of a write's earlier attempts may be unknown.
     """
 
     __slots__ = (
@@ -30,6 +31,7 @@ class OriginResponse:
         "_on_broken",
         "_read_timeout_s",
         "_response",
+        "attempts",
         "content_length",
         "headers",
         "status",
@@ -43,6 +45,7 @@ class OriginResponse:
         self._read_timeout_s = read_timeout_s
         self._on_broken = on_broken
         self._delivery: Delivery | None = None
+        self.attempts = 1
         self.status = response.status
         self.headers: CIMultiDictProxy[str] = response.headers
         self.content_length = response.content_length

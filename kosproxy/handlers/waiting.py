@@ -32,6 +32,8 @@ from kosproxy.render import as_s3_error, common, passed_on
 
 #: Operations whose 200 may turn out to be an error.
 WAITED_FOR: Final = frozenset({Op.CompleteMultipartUpload, Op.CopyObject, Op.UploadPartCopy})
+#: Who says so may have given up waiting for somebody who still works. 503 is a refusal to begin.
+GAVE_UP: Final = frozenset({500, 502, 504})
 #: A result holds a key, a few checksums and an address; what an origin sends to keep the connection alive comes on top.
 _ANSWER_MAX_BYTES: Final = 1024 * 1024
 _DECLARATION: Final = b'<?xml version="1.0" encoding="UTF-8"?>\n'
@@ -40,11 +42,17 @@ _PROLOG: Final = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*(?:<\?xml[^>]*\?>)?[ \
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The origin's, whole: end-to-end headers without a length."""
+    """The origin's, whole: end-to-end headers without a length. attempts: see OriginResponse."""
 
     status: int
     headers: list[Header]
     body: bytes
+    attempts: int = 1
+
+    @property
+    def failed(self) -> bool:
+        """Whether the origin says, by its status or after an early 200, that it began and did not come to the end."""
+        return self.status in GAVE_UP or (self.status == 200 and _is_error(self.body))
 
 
 Ask = Callable[[Exchange, Operation, Outbound], Awaitable[OriginResponse]]
@@ -65,7 +73,7 @@ class Waiting:
         async with response:
             self._early = response
             body = await response.read(_ANSWER_MAX_BYTES)
-        return Answer(response.status, passed_on(response.headers), body)
+        return Answer(response.status, passed_on(response.headers), body, response.attempts)
 
     async def wait(self, answering: Callable[[], Awaitable[Answer]], name: str) -> Answer:
         """What `answering` gives. Raises what it raises: KosError. Cancelled, it cancels it."""

@@ -22,7 +22,7 @@ from kos.s3.operation import Op, Operation
 from kos.s3.sigv4 import Identity
 from kosproxy.exchange import Exchange
 from kosproxy.handlers.forward import ask, question_of, relay_head
-from kosproxy.handlers.waiting import WAITED_FOR, Answer, Waiting
+from kosproxy.handlers.waiting import GAVE_UP, WAITED_FOR, Answer, Waiting
 from kosproxy.inbound import Inbound
 from kosproxy.outbound import Outbound, whole
 from kosproxy.render import passed_on
@@ -35,6 +35,12 @@ _LOOKS_WITH: Final = (
 )  # fmt: skip
 #: Of that look's answer, what the completion's would have had; and encryption's.
 _TOLD: Final = frozenset({"x-amz-expiration", "x-amz-request-charged", "x-amz-version-id"})
+
+
+class _EndUnknown(Exception):
+    """Leaves the fence as something broken off would: the origin, or a proxy before it, says that a write failed, or did
+    not say of an earlier attempt what became of it. It may still carry that out, so the cache may not trust for ever what
+    it reads until then."""
 
 
 async def write(exchange: Exchange, operation: Operation, identity: Identity) -> None:
@@ -57,20 +63,23 @@ async def _relay(
     held = b""
     gone: ConnectionError | None = None
     bucket_itself = operation.key is None and operation.op is not Op.DeleteObjects
-    async with (
-        exchange.parts.carrier.writing(operation.bucket, keys, versions=versions, bucket_itself=bucket_itself),
-        await ask(exchange, operation, request) as response,
-    ):
-        relay_head(exchange, response)
-        if exchange.has_body(response.status):
-            async for data in response.pieces():
-                if held and gone is None:
-                    try:
-                        await exchange.write(held)
-                    except ConnectionError as error:
-                        # Nobody listens any more, but how it ends still decides when the fence is passed.
-                        gone = error
-                held = data
+    with contextlib.suppress(_EndUnknown):
+        async with (
+            exchange.parts.carrier.writing(operation.bucket, keys, versions=versions, bucket_itself=bucket_itself),
+            await ask(exchange, operation, request) as response,
+        ):
+            relay_head(exchange, response)
+            if exchange.has_body(response.status):
+                async for data in response.pieces():
+                    if held and gone is None:
+                        try:
+                            await exchange.write(held)
+                        except ConnectionError as error:
+                            # Nobody listens any more, but how it ends still decides when the fence is passed.
+                            gone = error
+                    held = data
+            if response.status in GAVE_UP or response.attempts > 1:
+                raise _EndUnknown
     if gone is not None:
         raise gone
     await exchange.write(held)
@@ -91,8 +100,11 @@ async def _wait_for(
         return answer
 
     try:
-        async with exchange.parts.carrier.writing(operation.bucket, keys, versions=versions):
-            answer = await waiting.wait(answering, operation.op.name)
+        with contextlib.suppress(_EndUnknown):
+            async with exchange.parts.carrier.writing(operation.bucket, keys, versions=versions):
+                answer = await waiting.wait(answering, operation.op.name)
+                if answer.failed or answer.attempts > 1:
+                    raise _EndUnknown
     except (S3Error, OriginError) as failure:
         await waiting.fail(failure)
     else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
-from kos.errors import OriginRefused
+from kos.errors import OriginRefused, S3Error
 from kos.rules import Rule
 from kos.s3.object_response import ObjectMeta
 from koscache.carrier import (
@@ -64,6 +64,8 @@ class FakeCarrier:
     writes: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     fenced: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     #: for each write, the keys of which it may have changed versions
+    #: of each write whether its end is known, so that the fence need not be passed once more later
+    settled: list[bool] = field(default_factory=list)
     version_writes: list[tuple[str, ...]] = field(default_factory=list)
     caching: bool = True
     reason: str = ""
@@ -155,9 +157,15 @@ class FakeCarrier:
     ) -> AsyncIterator[None]:
         self.fenced.append((bucket, tuple(keys)))
         self.version_writes.append(tuple(versions))
+        settled = False
         try:
             yield
+            settled = True
+        except S3Error as refused:
+            settled = refused.status < 500
+            raise
         finally:
+            self.settled.append(settled)
             self.fenced.remove((bucket, tuple(keys)))
             self.writes.append((bucket, tuple(keys)))
 

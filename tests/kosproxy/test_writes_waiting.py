@@ -95,7 +95,7 @@ def test_an_error_of_the_origin_comes_inside_the_200(setup: Setup, what: dict[st
     ("raw", "code"),
     [
         (
-            b"HTTP/1.1 502 Bad Gateway\r\nconnection: close\r\ncontent-type: text/html\r\ncontent-length: 13\r\n\r\n<html></html>",
+            b"HTTP/1.1 502 Bad Gateway\r\nconnection: close\r\ncontent-length: 13\r\n\r\n<html></html>",
             "InternalError",
         ),
         (b"HTTP/1.1 504 Gateway Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n", "InternalError"),
@@ -300,3 +300,47 @@ def test_other_errors_of_a_completion_are_the_origins(setup: Setup) -> None:
     assert (answer.status, answer.code) == (409, "ConditionalRequestConflict")
     present = setup.origin.get("bucket", "k")
     assert present is not None and say(setup, complete(b"x"), {"if-match": present.etag}).status == 200
+
+
+# -- whether the origin may still carry out what it said nothing good of
+
+
+@pytest.mark.parametrize(
+    "what", [COPY, {"method": "PUT", "path": "/bucket/k"}, {"method": "DELETE", "path": "/bucket/k"}]
+)
+@pytest.mark.parametrize(
+    ("fault", "status", "settled"),
+    [
+        ({}, 200, True),
+        ({"status": 412}, 412, True),
+        ({"status": 503, "times": 2}, 503, False),  # two attempts
+        ({"status": 500, "times": 2}, 500, False),
+        ({"status": 504}, 200, False),  # the second attempt worked
+        ({"close": True}, 200, False),
+        ({"close": True, "times": 2}, 503, False),
+    ],
+)
+def test_a_write_is_over_only_when_the_origin_is_known_to_be_done(
+    setup: Setup, what: dict[str, Any], fault: dict[str, Any], status: int, settled: bool
+) -> None:
+    setup.origin.put("bucket", "source", b"x")
+    if fault:
+        setup.origin.fault(**fault)
+    answer = ask(setup, signed(**what, length=0))
+    assert answer.status == (204 if (status, what["method"]) == (200, "DELETE") else status)
+    assert setup.carrier.settled == [settled]
+
+
+@pytest.mark.parametrize(("status", "settled"), [(503, True), (500, False), (502, False), (504, False), (409, True)])
+def test_a_write_that_is_said_once(setup: Setup, status: int, settled: bool) -> None:
+    setup.origin.fault(status=status)
+    headers = {"if-none-match": "*"}
+    assert ask(setup, signed("PUT", "/bucket/k", (), headers, UNSIGNED, 0)).status == status
+    assert setup.carrier.settled == [settled]
+
+
+def test_an_error_inside_an_early_200_does_not_say_that_all_is_over(setup: Setup) -> None:
+    error = b'<?xml version="1.0"?><Error><Code>InternalError</Code></Error>'
+    setup.origin.fault(raw=b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n   " + error)
+    answer = say(setup, complete(b"x"))
+    assert (answer.status, answer.body) == (200, b"   " + error) and setup.carrier.settled == [False]
