@@ -14,8 +14,14 @@ from bench import results
 
 _GROUPS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "hot_get": (("_cpu_us", "server CPU, µs per request"), ("_per_s", "requests per second")),
+    "tls_get": (("_cpu_us", "server CPU, µs per request"), ("_per_s", "requests per second")),
     "cold_get": (("_cpu_us_per_mib", "CPU, µs per MiB"), ("_mb_s", "MB/s"), ("_first_ms", "ms to first byte")),
     "put": (("_mb_s", "MB/s"), ("_cpu_us_per_mib", "CPU of kos, µs per MiB")),
+    "uploads": (
+        ("_mb_s", "MB/s"),
+        ("_node_us_per_mib", "CPU of kos, µs per MiB"),
+        ("_client_us_per_mib", "CPU of the client, µs per MiB"),
+    ),
     "small_files": (("_per_s", "requests per second"), ("_cpu_us", "CPU of kos, µs per request")),
     "memory": (("_mb", "MB"),),
 }

@@ -10,16 +10,10 @@ Invariant: nothing is measured before every object is a verified hit.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import socket
 import ssl
 from pathlib import Path
 from typing import Any, Final
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from bench import links, node, wrk
 from bench.client import Address, get
@@ -29,6 +23,7 @@ from bench.processes import Cores, cores
 from bench.results import BenchFailed, Outcome
 from bench.signing import Object, presigned_get, presigned_targets
 from bench.synthetic import BUCKET, key_of
+from koscli.demo.certificate import self_signed
 
 SUMMARY: Final = "server CPU per hot signed GET over https, beside http of the same node"
 _NAMES: Final = ("4KiB", "1MiB", "64MiB")
@@ -44,7 +39,7 @@ def run(settings: Settings) -> Outcome:
     seconds = 1 if settings.quick else 3
     with contextlib.ExitStack() as stack:
         far = stack.enter_context(links.far_origin(settings.under, at.others))
-        more = {"listen": _listen(settings.under)}
+        more = {"listen": listen_https(settings.under)}
         kos = stack.enter_context(node.running(far.at, settings.under, core=at.server, more=more))
         assert kos.secure is not None
         for size in sizes:
@@ -104,31 +99,9 @@ def _measure_handshakes(outcome: Outcome, kos: node.Node) -> None:
     outcome.add("handshake_cpu_us", (kos.cpu_seconds() - cpu) / _HANDSHAKES * 1e6)
 
 
-def _listen(under: Path) -> dict[str, Any]:
-    cert, key = _certificate(under)
+def listen_https(under: Path) -> dict[str, Any]:
+    """`listen` of a node that speaks https as well, with a certificate made for it."""
+    cert, key = self_signed(under)
     anywhere = "127.0.0.1:0"
     names = dict.fromkeys(("s3", "s3_tls", "admin", "peer"), anywhere)
     return {**names, "tls_cert_file": str(cert), "tls_key_file": str(key)}
-
-
-def _certificate(under: Path) -> tuple[Path, Path]:
-    """A certificate of P-256, signed by itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kos bench")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .sign(key, hashes.SHA256())
-    )
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    cert_file, key_file = under / "bench.crt", under / "bench.key"
-    cert_file.write_bytes(made.public_bytes(pem))
-    key_file.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    return cert_file, key_file

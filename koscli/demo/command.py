@@ -46,6 +46,7 @@ def _show(stage: Stage, args: argparse.Namespace) -> int:
     print("This is a demonstration: the origin is moto, in memory, and everything here is gone when it ends.\n")
     print(f"  origin   {stage.origin_url}   (moto)")
     print(f"  kos      {stage.s3_url}   (S3)")
+    print(f"           {stage.s3_tls_url}   (S3 over https; its certificate is {stage.ca_file})")
     print(f"  admin    {stage.admin_url}   (/readyz /metrics)\n", flush=True)
     tour = Tour(stage, small_count=args.small_count, large_bytes=args.large_mib << 20)
     steps: list[Step] = []
@@ -69,6 +70,7 @@ Try it yourself while this runs (stop with ^C):
   export AWS_ACCESS_KEY_ID={stage.access_key} AWS_SECRET_ACCESS_KEY={stage.secret_key} AWS_DEFAULT_REGION=us-east-1
   aws --endpoint-url {stage.s3_url} s3 ls s3://{stage.bucket}/
   aws --endpoint-url {stage.s3_url} s3 cp s3://{stage.bucket}/datasets/large.bin - | sha256sum
+  aws --endpoint-url {stage.s3_tls_url} --ca-bundle {stage.ca_file} s3 ls s3://{stage.bucket}/
 
   python -c 'import boto3; s3 = boto3.client("s3", endpoint_url="{stage.s3_url}"); \\
              print(s3.get_object(Bucket="{stage.bucket}", Key="datasets/large.bin")["ResponseMetadata"]["HTTPHeaders"])'

@@ -17,13 +17,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from koscli.demo.certificate import self_signed
 from koscli.demo.processes import answers, free_ports, running, saw_line, tail
 
 _START_TIMEOUT_S = 60.0
 
 _CONFIG = """\
 region: demo
-listen: {{s3: "{s3}", admin: "{admin}", peer: "{peer}"}}
+listen: {{s3: "{s3}", s3_tls: "{s3_tls}", tls_cert_file: "{cert}", tls_key_file: "{key}", admin: "{admin}", peer: "{peer}"}}
 workers: 2
 origin:
   endpoint: {origin}
@@ -61,15 +62,20 @@ class Stage:
 
     def __enter__(self) -> Stage:
         with contextlib.ExitStack() as stack:
-            origin_port, s3_port, admin_port, peer_port = free_ports(4)
+            origin_port, s3_port, s3_tls_port, admin_port, peer_port = free_ports(5)
             self.origin_url = f"http://127.0.0.1:{origin_port}"
             self.s3_url = f"http://127.0.0.1:{self._s3_port or s3_port}"
+            self.s3_tls_url = f"https://127.0.0.1:{s3_tls_port}"
+            self.ca_file, key_file = self_signed(self.directory)
             self.admin_url = f"http://127.0.0.1:{admin_port}"
             self._origin = stack.enter_context(self._start_origin(origin_port))
             config = self.directory / "kos.yaml"
             config.write_text(
                 _CONFIG.format(
                     s3=f"127.0.0.1:{self._s3_port or s3_port}",
+                    s3_tls=f"127.0.0.1:{s3_tls_port}",
+                    cert=self.ca_file,
+                    key=key_file,
                     admin=f"127.0.0.1:{admin_port}",
                     peer=f"127.0.0.1:{peer_port}",
                     origin=self.origin_url,

@@ -51,12 +51,16 @@ class Tour:
         self._large = b"".join(rng.randbytes(min(16 << 20, large_bytes - at)) for at in range(0, large_bytes, 16 << 20))
         self._large_sha256 = hashlib.sha256(self._large).hexdigest()
         self._rng = rng
-        self._s3: Any = boto3.client(
+        self._s3 = self._client(stage.s3_url)
+
+    def _client(self, url: str, **options: Any) -> Any:
+        return boto3.client(
             "s3",
-            endpoint_url=stage.s3_url,
+            endpoint_url=url,
             region_name="us-east-1",
-            aws_access_key_id=stage.access_key,
-            aws_secret_access_key=stage.secret_key,
+            aws_access_key_id=self._stage.access_key,
+            aws_secret_access_key=self._stage.secret_key,
+            **options,
             config=Config(max_pool_connections=32, retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
         )
 
@@ -73,6 +77,7 @@ class Tour:
         yield self._step("second read of the large one", lambda: self._read_large(expect_hits=True))
         yield self._step("range reads in the large one", self._read_ranges)
         yield self._step("an overwrite is seen at once", self._overwrite)
+        yield self._step("written and read over https", self._over_tls)
         yield self._step("origin stopped, cached reads go on", self._origin_stopped)
 
     def _step(self, name: str, action: Callable[[], tuple[bool, str]]) -> Step:
@@ -142,6 +147,14 @@ class Tour:
             seen += self._get(key)[0] == body
             seen += self._get(key)[0] == body
         return seen == 2 * rounds, f"{seen} of {2 * rounds} reads saw the newest bytes"
+
+    def _over_tls(self) -> tuple[bool, str]:
+        secure = self._client(self._stage.s3_tls_url, verify=str(self._stage.ca_file))
+        key, body = "state/secure.bin", self._rng.randbytes(1_000_000)
+        secure.put_object(Bucket=self._stage.bucket, Key=key, Body=body)
+        there = secure.get_object(Bucket=self._stage.bucket, Key=key)["Body"].read() == body
+        here = self._get(key)[0] == body
+        return there and here, f"bytes {_word(there)} over https, {_word(here)} over http"
 
     def _origin_stopped(self) -> tuple[bool, str]:
         with self._stage.origin_stopped():
