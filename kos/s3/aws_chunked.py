@@ -130,8 +130,11 @@ class Decoder:
         self._previous = identity.seed_signature if identity is not None else ""
         self._hash = hashlib.sha256()
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Takes encoded bytes, split anywhere; returns the decoded bytes among them, in order."""
+    def feed(self, data: bytes) -> list[bytes | memoryview]:
+        """Takes encoded bytes, split anywhere; returns the decoded bytes among them, in order, a piece for each chunk.
+
+        Pieces are parts of data and not copied: they keep it in memory as long as they live.
+        """
         try:
             return self._feed(data)
         except S3Error:
@@ -149,16 +152,15 @@ class Decoder:
             self.trailers = self._verified_trailers()
         self._state = _State.END
 
-    def _feed(self, data: bytes) -> list[bytes]:
-        decoded: list[bytes] = []
+    def _feed(self, data: bytes) -> list[bytes | memoryview]:
+        decoded: list[bytes | memoryview] = []
         view = memoryview(data)
         position, end = 0, len(data)
         while position < end:
             state = self._state
             if state is _State.CHUNK_BODY:
                 take = min(self._left, end - position)
-                # A feed that lies within one chunk is passed on as it is; only pieces of a feed are copied, once.
-                piece = data if take == end else bytes(view[position : position + take])
+                piece = data if take == end else view[position : position + take]
                 decoded.append(piece)
                 self._took(piece)
                 position += take
@@ -224,7 +226,7 @@ class Decoder:
         self._verify_chunk()
         self._state = _State.TRAILERS if self._with_trailer else _State.LAST_CHUNK_END
 
-    def _took(self, piece: bytes) -> None:
+    def _took(self, piece: bytes | memoryview) -> None:
         if self._identity is not None:
             self._hash.update(piece)
         self._left -= len(piece)
