@@ -139,6 +139,13 @@ def put(to: Address, head: bytes, body: bytes | memoryview) -> Timing:
     return Timing(end - start, end - start, len(body), answer)
 
 
+def answer_of(sock: socket.socket) -> Answer:
+    """The answer to a request that was sent on a socket of the caller's; raises BenchFailed unless it is a 200."""
+    answer, begin, have = _head(sock, buffer := bytearray(_HEAD_MAX))
+    _expect(answer, sock, (200,), bytes(buffer[begin:have]))
+    return answer
+
+
 @dataclass(frozen=True, slots=True)
 class Many:
     """What a batch of requests took."""

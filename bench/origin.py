@@ -1,7 +1,8 @@
 """An S3 origin that is much cheaper than what is measured against it.
 
 Owns: a process that answers GET and HEAD (ranges, If-Match, If-None-Match) of the objects of bench.synthetic by
-sendfile from memory, swallows PUTs, lists nothing, and counts. Does not own: authentication (none), storing, TLS.
+sendfile from memory, swallows PUTs and multipart uploads, lists nothing, and counts. Does not own: authentication
+(none), storing, TLS.
 
 Invariant: one thread, no buffer that grows: a body is sent from the one pattern file, or received into the one buffer.
 
@@ -35,6 +36,15 @@ _EMPTY_LIST: Final = (
     b"<Name>bench</Name><Prefix></Prefix><KeyCount>0</KeyCount><MaxKeys>1000</MaxKeys><IsTruncated>false</IsTruncated>"
     b"</ListBucketResult>"
 )
+_XML: Final = b'<?xml version="1.0" encoding="UTF-8"?>\n'
+_CREATED: Final = (
+    _XML + b"<InitiateMultipartUploadResult><Bucket>bench</Bucket><Key>%b</Key><UploadId>upload</UploadId>"
+    b"</InitiateMultipartUploadResult>"
+)
+_COMPLETED: Final = (
+    _XML + b"<CompleteMultipartUploadResult><Bucket>bench</Bucket><Key>%b</Key><ETag>%b</ETag>"
+    b"</CompleteMultipartUploadResult>"
+)
 
 
 @dataclass(slots=True)
@@ -62,6 +72,7 @@ class Connection:
     left: int = 0
     coming: int = 0
     put_key: str = ""
+    document: bytes = b""
     writing: bool = False
     closing: bool = False
 
@@ -156,7 +167,8 @@ class Origin:
         c.coming -= n
         self.counters.bytes_received += n
         if not c.coming:
-            self._reply(c, 200, f"ETag: {synthetic.etag_of(c.put_key)}\r\n")
+            etag = "" if c.document else f"ETag: {synthetic.etag_of(c.put_key)}\r\n"
+            self._reply(c, 200, etag, c.document)
 
     def _answer(self, c: Connection, head: str) -> None:
         request, _, block = head.partition("\r\n")
@@ -174,20 +186,24 @@ class Origin:
             else:
                 self._object(c, method, key, headers)
         elif method == "PUT":
-            self._put(c, key, headers)
+            self._put(c, key, headers, b"")
+        elif method == "POST" and "uploads" in query:
+            self._put(c, key, headers, _CREATED % key.encode())
+        elif method == "POST" and "uploadId" in query:
+            self._put(c, key, headers, _COMPLETED % (key.encode(), synthetic.etag_of(key).encode()))
         elif method == "DELETE":
             self._reply(c, 204, "")
         else:
             self._refuse(c, 501)
 
-    def _put(self, c: Connection, key: str, headers: dict[str, str]) -> None:
-        length = headers.get("content-length", "")
+    def _put(self, c: Connection, key: str, headers: dict[str, str], document: bytes) -> None:
+        length = headers.get("content-length", "0" if document else "")
         if not length.isdigit():
             c.closing = True
             self._refuse(c, 411)
             return
         self.counters.puts += 1
-        c.put_key = key
+        c.put_key, c.document = key, document
         c.coming = int(length)
         if headers.get("expect", "").lower() == "100-continue":
             c.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -9,7 +9,8 @@ Invariant: no two URLs of `presigned_targets` carry the same signature.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import hmac
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, urlsplit
@@ -25,6 +26,7 @@ SECRET_KEY: Final = "bench-client-secret"
 REGION: Final = "bench-1"
 UNSIGNED: Final = "UNSIGNED-PAYLOAD"
 _EXPIRES_MIN_S: Final = 3600
+_EMPTY_SHA256: Final = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,40 @@ def signed_put(to: Address, what: Object, length: int, payload_sha256: str = UNS
     signer.add_auth(request)
     lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
     return f"PUT {what.path} HTTP/1.1\r\nHost: {to}\r\n{lines}Content-Length: {length}\r\n\r\n".encode("ascii")
+
+
+def streaming_put(
+    to: Address, what: Object, length: int, framing: int, trailer: str | None
+) -> tuple[bytes, Callable[[str], bytes]]:
+    """A PUT head of an aws-chunked body, and what signs its chunks in turn: SHA-256 of a chunk in hex -> signature.
+
+    length: bytes of the body; framing: bytes that the chunks' lines add. trailer: the one that will come behind unsigned
+    chunks; None: the chunks are signed.
+    """
+    form = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD" if trailer is None else "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+    headers = {
+        "X-Amz-Content-SHA256": form, "Content-Encoding": "aws-chunked", "X-Amz-Decoded-Content-Length": str(length),
+    }  # fmt: skip
+    if trailer is not None:
+        headers["X-Amz-Trailer"] = trailer
+    request = AWSRequest("PUT", f"http://{to}{what.path}", headers=headers)
+    _PresetPayload(_credentials(), "s3", REGION).add_auth(request)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    head = f"PUT {what.path} HTTP/1.1\r\nHost: {to}\r\n{lines}Content-Length: {length + framing}\r\n\r\n"
+    date = str(request.headers["X-Amz-Date"])
+    scope = f"{date[:8]}/{REGION}/s3/aws4_request"
+    key = f"AWS4{SECRET_KEY}".encode()
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    previous = str(request.headers["Authorization"]).rpartition("Signature=")[2]
+
+    def sign(chunk_sha256: str) -> bytes:
+        nonlocal previous
+        text = f"AWS4-HMAC-SHA256-PAYLOAD\n{date}\n{scope}\n{previous}\n{_EMPTY_SHA256}\n{chunk_sha256}"
+        previous = hmac.digest(key, text.encode(), "sha256").hex()
+        return previous.encode()
+
+    return head.encode("ascii"), sign
 
 
 def sha256_hex(body: bytes) -> str:

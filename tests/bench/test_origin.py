@@ -86,6 +86,20 @@ def test_puts_are_counted_to_the_byte(far: links.Far) -> None:
     assert after["bytes_received"] - before["bytes_received"] == len(body)
 
 
+def test_a_multipart_upload_is_taken(far: links.Far) -> None:
+    before = far.counters()["bytes_received"]
+    path = Object("bench", synthetic.key_of(1000, "parts")).path
+    status, _, created = _ask(far, "POST", path + "?uploads")
+    assert status == 200 and b"<UploadId>upload</UploadId>" in created
+    put(far.at, signed_put(far.at, Object("bench", "1/part"), 1000), bytes(1000))
+    connection = http.client.HTTPConnection(far.at.host, far.at.port, timeout=10)
+    connection.request("POST", path + "?uploadId=upload", body=b"<CompleteMultipartUpload/>")
+    answer = connection.getresponse()
+    assert answer.status == 200 and synthetic.etag_of(synthetic.key_of(1000, "parts")).encode() in answer.read()
+    connection.close()
+    assert far.counters()["bytes_received"] - before == 1000 + len(b"<CompleteMultipartUpload/>")
+
+
 def test_many_requests_over_a_few_connections(far: links.Far) -> None:
     requests = [presigned_get(far.at, Object("bench", synthetic.key_of(1000 + i, "m"))) for i in range(50)]
     seen = get_many(far.at, requests, 4)

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import random
 import re
 import socket
 import threading
@@ -277,12 +278,12 @@ def test_a_presigned_put_keeps_what_was_moved_into_the_query(setup: Setup) -> No
     assert "X-Amz" not in request.raw_query
 
 
-def test_signed_chunks(setup: Setup) -> None:
-    body = b"c" * 100_000
-    wire_length = sum(len(b"%x;chunk-signature=" % n) + 64 + 4 + n for n in (65536, len(body) - 65536, 0))
+def signed_chunks(body: bytes, chunk_bytes: int = 65536) -> tuple[bytes, bytes]:
+    """(head, wire) of a PUT whose chunks are signed."""
+    chunks = [body[at : at + chunk_bytes] for at in range(0, len(body), chunk_bytes)] + [b""]
+    wire_length = sum(len(b"%x;chunk-signature=" % len(chunk)) + 64 + 4 + len(chunk) for chunk in chunks)
     headers = {"content-encoding": "aws-chunked,gzip", "x-amz-decoded-content-length": str(len(body))}
-    payload = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
-    head = signed("PUT", "/bucket/k", (), headers, payload, wire_length)
+    head = signed("PUT", "/bucket/k", (), headers, "STREAMING-AWS4-HMAC-SHA256-PAYLOAD", wire_length)
     seed = re.search(rb"Signature=([0-9a-f]{64})", head)
     date = re.search(rb"x-amz-date: (\d{8}T\d{6}Z)", head)
     assert seed is not None and date is not None
@@ -292,15 +293,51 @@ def test_signed_chunks(setup: Setup) -> None:
     scope = date[1][:8].decode() + "/us-east-1/s3/aws4_request"
     previous, wire = seed[1].decode(), b""
     empty = hashlib.sha256(b"").hexdigest()
-    for chunk in (body[:65536], body[65536:], b""):
+    for chunk in chunks:
         text = "\n".join(
             ["AWS4-HMAC-SHA256-PAYLOAD", date[1].decode(), scope, previous, empty, hashlib.sha256(chunk).hexdigest()]
         )
         previous = hmac.digest(key, text.encode(), "sha256").hex()
         wire += b"%x;chunk-signature=%b\r\n%b\r\n" % (len(chunk), previous.encode(), chunk)
+    return head, wire
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk_bytes"), [(100_000, 65536), (5_000_000, 65536), (3_000_000, 1 << 20), (300_000, 700)]
+)
+def test_signed_chunks(setup: Setup, size: int, chunk_bytes: int) -> None:
+    body = random.Random(size).randbytes(size)
+    head, wire = signed_chunks(body, chunk_bytes)
     assert ask(setup, head, wire).status == 200
     stored = setup.origin.get("bucket", "k")
     assert stored is not None and stored.body == body and stored.headers["content-encoding"] == "gzip"
-    spoiled = wire.replace(b"c" * 100, b"d" + b"c" * 99, 1)
-    answer = ask(setup, head, spoiled)
+    for at in (chunk_bytes // 2, len(wire) // 2, len(wire) - 200):
+        spoiled = bytearray(wire)
+        spoiled[at] ^= 1
+        answer = ask(setup, head, bytes(spoiled))
+        assert (answer.status, answer.code) in ((403, "SignatureDoesNotMatch"), (400, "IncompleteBody"))
+    stored = setup.origin.get("bucket", "k")
+    assert stored is not None and stored.body == body
+
+
+def test_a_wrong_chunk_is_refused_before_more_is_sent(setup: Setup) -> None:
+    """Though chunks are unpacked ahead of those that are passed on: nothing waits for a client that waits itself."""
+    head, wire = signed_chunks(bytes(2_000_000))
+    spoiled = bytearray(wire)
+    spoiled[300_000] ^= 1
+    client = Client(setup).send(head, bytes(spoiled[:1_000_000]))
+    answer = client.answer()
     assert (answer.status, answer.code) == (403, "SignatureDoesNotMatch")
+    client.abort()
+    assert setup.origin.get("bucket", "k") is None
+
+
+def test_a_client_that_leaves_while_chunks_are_unpacked(setup: Setup) -> None:
+    head, wire = signed_chunks(bytes(3_000_000))
+    client = Client(setup).send(head, wire[:2_000_000])
+    eventually(lambda: setup.origin.requests)
+    client.abort()
+    eventually(lambda: setup.carrier.writes)
+    assert setup.origin.get("bucket", "k") is None
+    head, wire = signed_chunks(b"afterwards" * 50_000)
+    assert ask(setup, head, wire).status == 200
