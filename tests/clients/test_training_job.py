@@ -29,14 +29,16 @@ from tests.clients.training import (
 )
 from tests.conditions import eventually
 from tests.fakes.node import ACCESS_KEY, SECRET_KEY, Node, node
-from tests.fakes.origin import FakeOrigin
+from tests.fakes.origin import FakeOrigin, Recorded
 
-FILES = 1000
+FILES = 1004  # so that their listing has a second page
 SHARDS = 10
 SHARD_SAMPLES = 32
 SAMPLE_BYTES = 256 * 1024
 WORKERS = 4
-BUCKET = "datasets"  # for which the node's rule says that nothing in it ever changes
+BUCKET = "datasets"
+#: Nothing in it ever changes, and nothing is added: the operator's word for a data set that is done.
+RULES = [{"match": f"{BUCKET}/*", "freshness": "immutable", "listings": "immutable"}]
 BLOCK_BYTES = 1 << 20  # of the node's configuration
 
 
@@ -50,7 +52,7 @@ def counting_origin() -> Iterator[FakeOrigin]:
 @pytest.fixture(scope="module")
 def kos_node(tmp_path_factory: pytest.TempPathFactory, counting_origin: FakeOrigin) -> Iterator[Node]:
     """In place of the node that the other tests share: `endpoint` is this one's."""
-    with node(tmp_path_factory.mktemp("training"), counting_origin.endpoint) as one:
+    with node(tmp_path_factory.mktemp("training"), counting_origin.endpoint, {"rules": RULES}) as one:
         yield one
 
 
@@ -111,6 +113,7 @@ def epoch(endpoint: Endpoint, prefix: str, surroundings: dict[str, str], seed: i
     return list(samples_of(loader))
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 def test_two_epochs(
     endpoint: Endpoint, kos_node: Node, counting_origin: FakeOrigin, surroundings: dict[str, str]
@@ -130,7 +133,13 @@ def test_two_epochs(
     second = epoch(endpoint, prefix, surroundings, seed=2)
     assert len(second) == len(expected) and dict(second) == expected
     assert [name for name, _ in second] != [name for name, _ in first], "shuffled anew"
-    assert [(each.method, each.target) for each in counting_origin.requests if not each.op.startswith("List")] == []
+    asked = [each for each in counting_origin.requests if not bypasses(each)]
+    assert [(each.method, each.target) for each in asked] == []
+
+
+def bypasses(request: Recorded) -> bool:
+    """s3torchconnector asks in every listing whether objects are being restored: such pages are not kept."""
+    return request.op == "ListObjectsV2" and "x-amz-optional-object-attributes" in request.headers
 
 
 def blocks_of(origin: FakeOrigin, prefix: str) -> int:
