@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import http.client
 import re
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -73,13 +74,16 @@ _DOCUMENT: Final = re.compile(r"(application|text)/xml\b")
 class Scene:
     """One case's requests to one endpoint.
 
-    client: of boto3, signing by version 4. old_client: one that signs links by version 2. repeats: whether reads are
-    made again, to see cached answers as well.
+    client: of boto3, signing by version 4. old_client: one that signs links by version 2. trust: for https. repeats:
+    whether reads are made again, to see cached answers as well.
     """
 
-    def __init__(self, client: Any, old_client: Any, bucket: str, *, repeats: bool) -> None:
+    def __init__(
+        self, client: Any, old_client: Any, trust: ssl.SSLContext | None, bucket: str, *, repeats: bool
+    ) -> None:
         self.client = client
         self._old_client = old_client
+        self._trust = trust
         self.bucket = bucket
         self.endpoint: str = client.meta.endpoint_url
         #: everything observed, in order
@@ -242,7 +246,12 @@ class Scene:
 
     def _exchange(self, method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> Observation:
         server = urllib.parse.urlsplit(self.endpoint)
-        connection = http.client.HTTPConnection(str(server.hostname), server.port, timeout=TIMEOUT_S)
+        address = str(server.hostname), server.port
+        connection = (
+            http.client.HTTPConnection(*address, timeout=TIMEOUT_S)
+            if self._trust is None
+            else http.client.HTTPSConnection(*address, timeout=TIMEOUT_S, context=self._trust)
+        )
         try:
             connection.putrequest(method, target, skip_accept_encoding=True)
             for name, value in headers.items():
@@ -361,7 +370,7 @@ _TOLD: Final = (".status", ".Error.Code", "/Error/Code", *_BODIES)
 
 
 def _told(seen: Observation, request: str, path: str) -> str:
-    # The body of an error is its document or a page for people.
-    if path.endswith(_BODIES) and not seen.get(f"{request}status", "").startswith("2"):
-        return "absent"
-    return seen.get(path, "absent")
+    text = seen.get(path, "absent")
+    # The body of an error is its document or a page for people, and that of a HEAD is none.
+    no_body = not seen.get(f"{request}status", "").startswith("2") or text == "b''"
+    return "absent" if path.endswith(_BODIES) and no_body else text

@@ -8,8 +8,10 @@ signatures and few checksums; what kos decides by itself has tests of its own.
 from __future__ import annotations
 
 import itertools
+import ssl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +23,8 @@ from tests.contract.s3.scene import Scene, differences
 from tests.fakes.node import Node, client, moto_origin, node
 
 _numbers = itertools.count()
+#: Of so many cases one is tried over https as well.
+SAMPLE = 12
 
 assert cases.__name__
 
@@ -30,21 +34,28 @@ OVERRIDES: dict[str, Any] = {"origin": {"retries": 1, "breaker_failures": 10_000
 
 
 class Clients(NamedTuple):
-    """Of one endpoint: signing by version 4, and making links by version 2."""
+    """Of one endpoint: signing by version 4, and making links by version 2. trust: whose certificates are taken."""
 
     new: Any
     old: Any
+    trust: ssl.SSLContext | None = None
 
 
 class Both(NamedTuple):
-    """Clients of the same store: of the origin itself, and of the node before it."""
+    """Clients of the same store: of the origin itself, and of the node before it over http and https."""
 
     direct: Clients
     through: Clients
+    through_tls: Clients
 
 
-def clients(url: str) -> Clients:
-    return Clients(client(url, signature_version="s3v4"), client(url, signature_version="s3"))
+def clients(url: str, ca_file: Path | None = None) -> Clients:
+    verify = None if ca_file is None else str(ca_file)
+    return Clients(
+        client(url, verify=verify, signature_version="s3v4"),
+        client(url, verify=verify, signature_version="s3"),
+        None if ca_file is None else ssl.create_default_context(cafile=verify),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +72,21 @@ def contract_node(tmp_path_factory: pytest.TempPathFactory, origin_url: str) -> 
 
 @pytest.fixture(scope="module")
 def both(origin_url: str, contract_node: Node) -> Both:
-    return Both(clients(origin_url), clients(contract_node.s3_url))
+    through_tls = clients(contract_node.s3_tls_url, contract_node.ca_file)
+    return Both(clients(origin_url), clients(contract_node.s3_url), through_tls)
 
 
-def scenes(both: Both) -> tuple[Scene, Scene]:
+def scenes(both: Both, *, tls: bool = False) -> tuple[Scene, Scene]:
     """Two buckets of the same kind, whose names are of one length: documents of the two are as well."""
     number = next(_numbers)
     names = f"direct-{number:04}", f"kosway-{number:04}"
     for name in names:
         both.direct.new.create_bucket(Bucket=name)
-    return Scene(*both.direct, names[0], repeats=False), Scene(*both.through, names[1], repeats=True)
+    through = both.through_tls if tls else both.through
+    return Scene(*both.direct, names[0], repeats=False), Scene(*through, names[1], repeats=True)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_same_as_the_origin(both: Both, name: str) -> None:
-    direct, through = scenes(both)
+def compare(name: str, direct: Scene, through: Scene) -> None:
     with ThreadPoolExecutor(2) as threads:
         # Of both sides at once: that the origin has one more to serve changes no answer.
         list(threads.map(CASES[name], (direct, through)))
@@ -84,6 +95,17 @@ def test_the_same_as_the_origin(both: Both, name: str) -> None:
     known = DIFFERENCES.get(name)
     assert found == ({} if known is None else known.paths)
     assert {rule for rule in RULES if rule.case == name} <= used
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_as_the_origin(both: Both, name: str) -> None:
+    compare(name, *scenes(both))
+
+
+@pytest.mark.parametrize("name", list(CASES)[::SAMPLE])
+def test_the_same_over_https(both: Both, name: str) -> None:
+    """Clients write otherwise there: bodies in chunks, with their checksums behind them."""
+    compare(name, *scenes(both, tls=True))
 
 
 def test_every_difference_is_of_a_case() -> None:
