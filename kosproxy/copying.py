@@ -60,7 +60,7 @@ class Copier(Sender):
     def __init__(self, loop: asyncio.AbstractEventLoop, outlet: Outlet, executor: Executor, buffer: memoryview) -> None:
         """executor: for reads that wait for the disk. buffer: PIECE_BYTES, shared by all copiers of a loop."""
         self._loop = loop
-        self._outlet = outlet
+        self._outlet: Outlet | None = outlet
         self._executor = executor
         self._buffer = buffer
         self._head = b""
@@ -112,6 +112,8 @@ class Copier(Sender):
         """The connection is lost: abort what is being sent."""
         self._closed = True
         self.abort(RelayFailed("the client is gone"))
+        # It holds this copier: were it held in turn, both would stay until the collector comes to objects of their age.
+        self._outlet = None
 
     def silent_s(self, now: float) -> float:
         """0: what the client does not take is in the transport, which the connection watches."""
@@ -132,7 +134,7 @@ class Copier(Sender):
         budget = TURN_BYTES
         buffer, slices = self._buffer, self._slices
         while self._index < len(slices):
-            if self._outlet.writing_paused:
+            if self._outlet is None or self._outlet.writing_paused:
                 return False
             piece = slices[self._index]
             left = piece.length - self._position
@@ -167,7 +169,7 @@ class Copier(Sender):
         return True
 
     def _write(self, data: bytes | memoryview) -> None:
-        transport = self._outlet.transport
+        transport = None if self._outlet is None else self._outlet.transport
         if transport is None or transport.is_closing():
             raise OSError("the client is gone")
         head, self._head = self._head, b""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -18,8 +19,9 @@ import pytest
 
 from kos import metrics, tls
 from kos.config import Listen
-from kosproxy.copying import PIECE_BYTES
+from kosproxy.copying import PIECE_BYTES, Copier
 from kosproxy.server import Connection
+from kosproxy.tls import Secured
 from tests.conditions import until
 from tests.fakes import certificates
 from tests.fakes.edge import BODY, Served, read_answer, serving
@@ -233,6 +235,29 @@ async def test_a_stalled_client_costs_a_piece_of_memory(tmp_path: Path) -> None:
         assert relay.sent_bytes < len(BODY)
         assert 0 < connection.transport.get_write_buffer_size() <= PIECE_BYTES + 1024
         writer.transport.abort()
+
+
+async def test_nothing_is_left_of_a_connection_for_the_collector_to_find(tmp_path: Path) -> None:
+    """A worker's collector seldom looks at what has lived as long as a connection does."""
+
+    def there() -> int:
+        return sum(isinstance(each, Secured | Connection | Copier) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with serving(tmp_path, secure=True) as served:
+            before = there()
+            for path in (b"file", b"fast", b"slow"):
+                reader, writer = await served.open()
+                writer.write(GET % path)
+                await read_answer(reader)
+                assert there() > before
+                writer.close()
+                await until(lambda: not served.edge.connections)
+            await until(lambda: there() == before)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("least", "works"), [("1.2", True), ("1.3", False)])
