@@ -1,8 +1,8 @@
 """The circuit breaker of one origin: a state machine without I/O.
 
 Owns: when requests are let through, refused, or let through one by one to see whether the origin is back.
-Does not own: what counts as unavailable (the lane says so: connect errors, timeouts, broken connections, 5xx; never
-4xx, which is an answer), or what callers do when refused.
+Does not own: what counts as unavailable (the lane says so: connect errors, timeouts, broken connections, 502, 503,
+504; never 4xx and 500, which are answers to one request), or what callers do when refused.
 
     CLOSED ──`failures` in a row──▶ OPEN ──open_s later, one request──▶ HALF_OPEN ──it succeeds──▶ CLOSED
                                      ▲                                        │

@@ -56,6 +56,9 @@ _WAITING_PER_CONNECTION: Final = 16
 _DRAIN_BYTES: Final = 64 * 1024
 #: A reason why there is no connection is logged once in so many seconds; another one at once.
 _SAY_AGAIN_S: Final = 60.0
+#: Answers that speak of the origin and not of the request. 500 is of the request: stores give it, again and again, to
+#: single odd questions, which would keep everybody else from asking.
+_UNAVAILABLE_STATUS: Final = frozenset({502, 503, 504})
 #: Ours to say, whatever the caller copied from its client.
 _OURS: Final = frozenset(
     {
@@ -320,7 +323,7 @@ class OriginLane:
         try:
             credentials = await self._credentials.get()
             response = await self._send_in_turn(pending, credentials)
-            if response.status >= 500 and response.status in retrying.RETRIED_STATUS:
+            if response.status in _UNAVAILABLE_STATUS:
                 self.breaker.failed(ticket, self._clock.monotonic(), f"status {response.status}")
             else:
                 self.breaker.succeeded(ticket)

@@ -305,7 +305,7 @@ async def test_the_breaker_answers_quickly_and_finds_the_origin_again(
 
 async def test_refusals_of_the_origin_never_open_it(make_lane: MakeLane, origin: FakeOrigin) -> None:
     lane = await make_lane(breaker_failures=1)
-    for status in (400, 403, 404, 409, 412, 416, 429, 501):
+    for status in (400, 403, 404, 409, 412, 416, 429, 500, 501):
         origin.fault(status=status)
         async with await lane.request("GET", "b", "k", retry=False) as response:
             assert response.status == status
@@ -315,7 +315,7 @@ async def test_refusals_of_the_origin_never_open_it(make_lane: MakeLane, origin:
 async def test_a_cancelled_probe_leaves_the_way_free(make_lane: MakeLane, origin: FakeOrigin) -> None:
     clock = QuickClock()
     lane = await make_lane(clock, breaker_failures=1, retries=0)
-    origin.fault(status=500)
+    origin.fault(status=503)
     async with await lane.request("HEAD", "b", None):
         clock.move(60)
     hold = origin.hold(at="answer")
