@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from xml.etree import ElementTree
 
@@ -43,6 +43,9 @@ _READS: Final = frozenset(
 _AGAIN_MAX: Final = 10
 _AGAIN_PAUSE_S: Final = 0.002
 _STORED: Final = frozenset({"200", "206", "304"})
+
+#: (endpoint, bucket) of what share() has filled.
+_SHARED: Final[set[tuple[str, str]]] = set()
 
 _NO_BUCKET: Final = frozenset({"list_buckets", "write_get_object_response"})
 #: Points in time: when something happened, which is never twice the same.
@@ -93,6 +96,19 @@ class Scene:
         self._repeats = repeats
         self._count = 0
         self._ids: dict[str, str] = {}
+
+    def share(self, name: str, keys: Iterable[str]) -> None:
+        """Go on in a bucket of these keys that other cases read as well, and none changes."""
+        self.bucket = f"{self.bucket.partition('-')[0]}-{name}"
+        if (self.endpoint, self.bucket) not in _SHARED:
+            self.client.create_bucket(Bucket=self.bucket)
+            self.fill(keys)
+            _SHARED.add((self.endpoint, self.bucket))
+
+    def fill(self, keys: Iterable[str]) -> None:
+        """Objects under these keys, each with a body of its own; not observed."""
+        for key in keys:
+            self.client.put_object(Bucket=self.bucket, Key=key, Body=f"the body of {key}".encode())
 
     # -- requests
 

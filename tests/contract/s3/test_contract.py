@@ -24,7 +24,7 @@ from tests.fakes.node import Node, client, moto_origin, node
 
 _numbers = itertools.count()
 #: Of so many cases one is tried over https as well.
-SAMPLE = 12
+SAMPLE = 24
 
 assert cases.__name__
 

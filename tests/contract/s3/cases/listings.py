@@ -12,11 +12,6 @@ KEYS = (
 )  # fmt: skip
 
 
-def _fill(s: Scene, keys: tuple[str, ...] = KEYS) -> None:
-    for key in keys:
-        s.client.put_object(Bucket=s.bucket, Key=key, Body=b"the body of " + key.encode())
-
-
 COMMON: dict[str, dict[str, Any]] = {
     "nothing": {},
     "prefix": {"Prefix": "a/"},
@@ -55,7 +50,7 @@ COMMON: dict[str, dict[str, Any]] = {
                 "marker and delimiter": {"Marker": "a/", "Delimiter": "/"}, "empty marker": {"Marker": ""},
                 "marker beyond ASCII": {"Marker": "ä"}})  # fmt: skip
 def v1(s: Scene, arguments: dict[str, Any]) -> None:
-    _fill(s)
+    s.share("listed", KEYS)
     s.call("list_objects", **arguments)
 
 
@@ -65,7 +60,7 @@ def v1(s: Scene, arguments: dict[str, Any]) -> None:
                 "start and delimiter": {"StartAfter": "a/", "Delimiter": "/"},
                 "start beyond ASCII": {"StartAfter": "ä"}})  # fmt: skip
 def v2(s: Scene, arguments: dict[str, Any]) -> None:
-    _fill(s)
+    s.share("listed", KEYS)
     s.call("list_objects_v2", **arguments)
 
 
@@ -80,7 +75,7 @@ PAGES: dict[str, dict[str, Any]] = {
 
 @each(PAGES)
 def pages_v1(s: Scene, arguments: dict[str, Any]) -> None:
-    _fill(s)
+    s.share("listed", KEYS)
     marker: dict[str, Any] = {}
     for _ in range(len(KEYS) + 2):
         page = s.call("list_objects", **arguments, **marker)
@@ -92,7 +87,7 @@ def pages_v1(s: Scene, arguments: dict[str, Any]) -> None:
 
 @each(PAGES | {"with a start": {"MaxKeys": 3, "StartAfter": "a/1"}, "with owners": {"MaxKeys": 5, "FetchOwner": True}})
 def pages_v2(s: Scene, arguments: dict[str, Any]) -> None:
-    _fill(s)
+    s.share("listed", KEYS)
     token: dict[str, Any] = {}
     for _ in range(len(KEYS) + 2):
         page = s.call("list_objects_v2", **arguments, **token)
@@ -169,7 +164,7 @@ def after_writes(s: Scene) -> None:
     }
 )
 def query(s: Scene, target: str) -> None:
-    _fill(s, ("a/1", "a/2", "a+b", "a b", "b"))
+    s.share("asked", ("a/1", "a/2", "a+b", "a b", "b"))
     # A plus is a blank, and signed as one.
     s.raw("GET", target.replace("+", "%20"), sent=target)
     s.raw("GET", target.replace("+", "%20"), sent=target)
@@ -178,15 +173,15 @@ def query(s: Scene, target: str) -> None:
 @case
 def of_control_characters(s: Scene) -> None:
     """XML has no place for them: only an encoded listing can name these keys."""
-    _fill(s, ("a\x01b", "a\tb", "a\x1fb"))
+    s.fill(("a\x01b", "a\tb", "a\x1fb"))
     s.raw("GET", "?list-type=2&encoding-type=url")
     s.raw("GET", "?encoding-type=url&delimiter=%01")
 
 
 @case
 def of_many(s: Scene) -> None:
-    _fill(s, tuple(f"{n % 7}/{n:03}" for n in range(60)))
-    s.call("list_objects_v2", MaxKeys=50)
+    s.fill(f"{n % 7}/{n:03}" for n in range(30))
+    s.call("list_objects_v2", MaxKeys=20)
     s.call("list_objects_v2", Delimiter="/")
     s.call("list_objects", Prefix="3/", MaxKeys=5)
 
@@ -194,7 +189,7 @@ def of_many(s: Scene) -> None:
 @case
 def of_odd_sorts(s: Scene) -> None:
     """Keys are sorted by their UTF-8 bytes."""
-    _fill(s, ("a", "B", "é", "e\u0301", "\uffee", "\U0001f600", "~", "-", "_", "A0", "A_", "A~"))
+    s.fill(("a", "B", "é", "e\u0301", "\uffee", "\U0001f600", "~", "-", "_", "A0", "A_", "A~"))
     s.call("list_objects_v2", MaxKeys=5)
     s.call("list_objects_v2")
     s.call("list_objects_v2", StartAfter="é")
