@@ -236,6 +236,7 @@ async def test_a_full_database_gives_its_room_back_and_caching_pauses(
     pages = Pages(store, clock)
     await pages.put(b"k", PAGE, None)
     before = database(tmp_path).parent
+
     def full(self: Any, *_: Any, **__: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
