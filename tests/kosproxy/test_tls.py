@@ -25,6 +25,7 @@ from kosproxy.tls import Secured
 from tests.conditions import until
 from tests.fakes import certificates
 from tests.fakes.edge import BODY, Served, read_answer, serving
+from tests.fakes.records import RecordClient
 
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -190,6 +191,41 @@ async def test_a_record_that_was_tampered_with_breaks_the_connection(tmp_path: P
                 raw.sendall(b"\x17\x03\x03\x00\x40" + b"x" * 64)
                 await until(lambda: not served.edge.connections)
         assert not served.lanes.seen
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_records_that_are_odd_but_right(tmp_path: Path) -> None:
+    """Empty ones, changes of keys between the bytes of a head, a byte in a record: all of it is one request."""
+    async with serving(tmp_path, secure=True) as served:
+        client = await asyncio.to_thread(RecordClient, served.port)
+        with client.socket as wire:
+            sent = b"".join(
+                client.change_keys() + client.record(b"") + client.record(bytes((byte,))) for byte in GET % b"slow"
+            )
+            await asyncio.to_thread(wire.sendall, sent)
+            await until(lambda: served.lanes.seen == ["GET /slow 0"])
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("between", [b"", b"x"], ids=["and nothing else", "between the bytes of a body"])
+async def test_changes_of_keys_without_end(tmp_path: Path, between: bytes) -> None:
+    """Each costs the node a thousand times what it costs the client's line, and an answer that may never be taken."""
+    async with serving(tmp_path, secure=True, kernel_bytes=4096) as served:
+        served.lanes.go.clear()
+        client = await asyncio.to_thread(RecordClient, served.port)
+        with client.socket as wire:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            head = b"PUT /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+            await asyncio.to_thread(wire.sendall, client.record(head))
+            await until(lambda: served.lanes.begun)
+
+            def flood() -> None:
+                for _ in range(200_000):
+                    wire.sendall(client.change_keys() + client.record(between))
+
+            with pytest.raises(ConnectionError):
+                await asyncio.to_thread(flood)
+            await until(lambda: not served.edge.connections)
 
 
 async def test_a_slow_reader_is_told_from_one_that_takes_nothing(tmp_path: Path) -> None:
