@@ -68,6 +68,8 @@ def test_a_thousand_keys_and_one_more() -> None:
         delete("<Object><VersionId>1</VersionId></Object>"),
         delete("<Object><Key>a</Key><Key>b</Key></Object>"),
         delete("<Object><Key>a</Key><What/></Object>"),
+        delete("<Object><Key>a<b/>c</Key></Object>"),
+        delete("<Object><Key>a<Key>b</Key></Key></Object>"),
         delete("<Object><Key>a</Key></Object>", "<Quiet>maybe</Quiet>"),
         delete("<Object><Key>a</Key></Object>", "<Other/>"),
         delete("<Object><Key>a</Key></Object>") + b"<More/>",
@@ -76,6 +78,10 @@ def test_a_thousand_keys_and_one_more() -> None:
         b"<Delete><Object><Key>\xff</Key></Object></Delete>",
         b'<?xml version="1.0" encoding="nonsense"?><Delete><Object><Key>a</Key></Object></Delete>',
         b'<?xml version="1.0" encoding="utf-7"?><Delete><Object><Key>a</Key></Object></Delete>',
+        # Who does not heed the encoding would delete another key than the one that was read here.
+        '<?xml version="1.0" encoding="iso-8859-1"?><Delete><Object><Key>é</Key></Object></Delete>'.encode(),
+        '<?xml version="1.0" encoding="utf-16"?><Delete><Object><Key>a</Key></Object></Delete>'.encode("utf-16"),
+        "<Delete><Object><Key>a</Key></Object></Delete>".encode("utf-16-le"),
     ],
 )
 def test_a_delete_request_that_is_none(document: bytes) -> None:
@@ -105,9 +111,22 @@ EXTERNAL = b'<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]><Delete><Obje
         b"<Delete>" + b"<Object>" * 100_000,
         b"<Delete>" + b"<Object/>" * 100_000 + b"</Delete>",
         b"<Delete><Object><Key>" + b"k" * xml.DELETE_REQUEST_MAX_BYTES + b"</Key></Object></Delete>",
+        b"<Delete" + b"".join(b" a%d='>'" % n for n in range(17)) + b"><Object><Key>a</Key></Object></Delete>",
+        b"<Delete" + b"".join(b' xmlns:a%d = "u"' % n for n in range(17)) + b"><Object><Key>a</Key></Object></Delete>",
+        b"<Delete><Object><Key " + b" ".join(b"a%d='u'" % n for n in range(500_000)) + b">a</Key></Object></Delete>",
     ],
-    ids=["laughs", "external", "dtd", "doctype", "entity", "deep", "many", "large"],
+    ids=["laughs", "external", "dtd", "doctype", "entity", "deep", "many", "large", "attrs", "xmlns", "attributes"],
 )
 def test_hostile_documents_are_refused(document: bytes) -> None:
     with pytest.raises(S3Error, match="MalformedXML"):
         xml.parse_delete_request(document)
+
+
+def test_what_looks_like_attributes_is_none() -> None:
+    key = "a='b' " * 100 + '"' * 99
+    assert xml.parse_delete_request(delete(f"<Object><Key>{key}</Key></Object>")).items == (xml.DeleteItem(key),)
+    sixteen = " ".join(f"a{n}='>'" for n in range(15))
+    assert xml.parse_delete_request(delete("<Object><Key>k</Key></Object>", attributes=f"{NS} {sixteen}")).items
+    for encoding in ("utf-8", "UTF-8", "us-ascii"):
+        document = f'<?xml version="1.0" encoding="{encoding}"?><Delete><Object><Key>k</Key></Object></Delete>'
+        assert xml.parse_delete_request(document.encode()).items
