@@ -215,8 +215,14 @@ _BYPASS_HEADERS: Final = {
     "x-amz-request-payer": "request_payer",
     # A browser asks from another site: what it may see is the origin's word, and differs from site to site.
     "origin": "cors",
+    # The key names a file in an archive, for this request alone.
+    "x-minio-extract": "unknown_header",
 }
 _BYPASS_HEADER_NAMES: Final = frozenset(_BYPASS_HEADERS)
+
+#: Headers by which MinIO changes other objects than the request names, no more than it can be told which: everything
+#: below a key or in a bucket is removed, or an archive is put as the files in it.
+_MANY_CHANGED: Final = {"DELETE": "x-minio-force-delete", "PUT": "x-amz-meta-snowball-auto-extract"}
 
 #: A version id that the cache may take for a name. S3's are URL-ready and have at most 1 024 bytes; of a longer or stranger
 #: one, and of an empty one, the origin says what it is.
@@ -244,8 +250,9 @@ _NO_QUERY: Final = _Query(MappingProxyType({}), None)
 def parse(head: RequestHead, domain: str | None = None) -> Operation:
     """The operation of a request. domain: of virtual-hosted style, None if only path style is spoken.
 
-    S3Error: InvalidURI, InvalidBucketName, KeyTooLongError; MethodNotAllowed; NotImplemented for browser form uploads,
-    whose key stands in the body, after the point where kos must know it.
+    S3Error: InvalidURI, InvalidBucketName, KeyTooLongError; MethodNotAllowed; NotImplemented for what changes objects
+    without saying which: browser form uploads, whose key stands in the body, after the point where kos must know it, and
+    the headers in _MANY_CHANGED.
     """
     method, raw_path, raw_query, headers = head
     host = headers.get("host", "") if domain else ""
@@ -257,10 +264,11 @@ def parse(head: RequestHead, domain: str | None = None) -> Operation:
     if key is not None:
         if method == "GET" or method == "HEAD":
             return _object_read(method, bucket, key, query, headers)
-        return _object_change(method, bucket, key, query.params, headers)
+        return _object_change(method, bucket, key, query, headers)
     if method == "OPTIONS":
         return Operation(Op.Preflight, _FORWARD, bucket, None, query.params)
     if bucket is not None:
+        _refuse_many_changed(method, headers)
         return _bucket_operation(method, bucket, query)
     if method != "GET":
         raise S3Error("MethodNotAllowed", extra={"Method": method, "ResourceType": "SERVICE"})
@@ -289,17 +297,25 @@ def _object_read(method: str, bucket: str | None, key: str, query: _Query, heade
     return Operation(op, handling, bucket, key, params, None, (), bypass_reason, False, version_id)
 
 
-def _object_change(method: str, bucket: str | None, key: str, params: Mapping[str, str], headers: Headers) -> Operation:
+def _refuse_many_changed(method: str, headers: Headers) -> None:
+    name = _MANY_CHANGED.get(method)
+    if name is not None and headers.get(name, "false").lower() != "false":
+        raise S3Error("NotImplemented", f"{name} is not supported: which objects it changes cannot be known.")
+
+
+def _object_change(method: str, bucket: str | None, key: str, query: _Query, headers: Headers) -> Operation:
+    params, _, repeated = query
     if method == "OPTIONS":
         return Operation(Op.Preflight, _FORWARD, bucket, key, params)
+    _refuse_many_changed(method, headers)
     table = _OBJECT.get(method)
     if table is None:
         raise S3Error("MethodNotAllowed", extra={"Method": method, "ResourceType": "OBJECT"})
     copies = "x-amz-copy-source" in headers
-    # Two operations named at once, or an upload without its id: origins differ in what they make of it, and one may
-    # change the object. So that is a WRITE of no name.
+    # Two operations named at once, or an upload without its id (also where one of two ids is empty): origins differ in
+    # what they make of it, and one may change the object. So that is a WRITE of no name.
     named = params.keys() & _OBJECT_NAMES
-    clear = all(params[name] for name in named & _UPLOAD_NAMES)
+    clear = not repeated and all(params[name] for name in named & _UPLOAD_NAMES)
     if method == "PUT" and named == _UPLOAD_NAMES and clear:
         return Operation(Op.UploadPartCopy if copies else Op.UploadPart, _FORWARD, bucket, key, params, "uploadId")
     clear = clear and len(named) == 1

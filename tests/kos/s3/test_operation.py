@@ -133,6 +133,9 @@ def test_copies() -> None:
         "DELETE /bkt/k?uploadId=",
         "DELETE /bkt/k?uploadId=u&tagging",
         "DELETE /bkt/k?uploadId=u&acl",
+        "PUT /bkt/k?uploadId=u&partNumber=1&uploadId=",
+        "DELETE /bkt/k?uploadId=u&uploadId=",
+        "POST /bkt/k?uploads&uploads=1",
     ],
 )
 def test_what_an_origin_might_read_as_a_write_is_one(line: str) -> None:
@@ -165,6 +168,19 @@ def test_which_writes_may_change_other_versions_than_the_current_one(line: str, 
     assert operation(line).changes_versions is changes
 
 
+@pytest.mark.parametrize("line", ["DELETE /bkt/k", "DELETE /bkt"])
+def test_removing_objects_that_are_not_named_is_refused(line: str) -> None:
+    with pytest.raises(S3Error, match="NotImplemented"):
+        operation(line, x_minio_force_delete="true")
+    assert operation(line, x_minio_force_delete="false").handling is Handling.WRITE
+
+
+def test_putting_objects_that_are_not_named_is_refused() -> None:
+    with pytest.raises(S3Error, match="NotImplemented"):
+        operation("PUT /bkt/k.tar", x_amz_meta_snowball_auto_extract="True")
+    assert operation("PUT /bkt/k.tar", x_amz_meta_snowball_auto_extract="false").op is Op.PutObject
+
+
 @pytest.mark.parametrize("source", ["old%2Fname", "/old/name", "bkt/old/name", "/bkt/old%2Fname"])
 def test_rename_forgets_both_names(source: str) -> None:
     assert {"new", "old/name"} <= set(operation("PUT /bkt/new?renameObject", x_amz_rename_source=source).forgets)
@@ -191,6 +207,7 @@ def test_rename_forgets_both_names(source: str) -> None:
         ("", "x-amz-expected-bucket-owner", "expected_bucket_owner"),
         ("", "x-amz-request-payer", "request_payer"),
         ("", "origin", "cors"),
+        ("", "x-minio-extract", "unknown_header"),
         ("", "range", None),
         ("", "if-none-match", None),
     ],
