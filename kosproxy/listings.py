@@ -101,13 +101,15 @@ class _Landing:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """began: epoch seconds, before the request. held_bytes: of its body so far. requests: that it took."""
+    """began, since: when, before the request, in epoch and in monotonic seconds. held_bytes: of its body so far.
+    requests: that it took."""
 
     question: Question
     key: bytes
     values: tuple[int, int]
     operation: str
     began: float
+    since: float
     landed: asyncio.Future[_Landing]
     held_bytes: int = 0
     requests: int = 0
@@ -145,9 +147,9 @@ class Listings:
         prefix = question.prefix or ""
         rule = self._rules.listing(question.bucket, prefix)
         key, bucket = question.key, question.bucket
-        arrived = self._clock.now()
+        arrived = self._clock.monotonic()
         keeps = rule.fresh_s > 0 or rule.stale_if_error_s > 0
-        kept: Page | None = None
+        before: tuple[int, int] | None = None
         flight = self._joined(key, self._fences.listing_values(bucket, prefix), arrived, rule)
         if flight is None:
             kept = await self._pages.get(key) if keeps else None
@@ -156,7 +158,10 @@ class Listings:
             now = self._clock.now()
             if kept is not None and kept.values == values and _fresh(kept.validated_at, now, rule):
                 return Found(kept, Phase.HIT, Reason.FRESH, max(now - kept.validated_at, 0.0), 0)
-            flight = self._joined(key, values, min(arrived, now), rule)
+            if kept is not None:
+                # Not held while the origin is asked: a thousand clients may wait, each would hold a page of its own.
+                before, kept = kept.values, None
+            flight = self._joined(key, values, arrived, rule)
         mine = flight is None
         if flight is None:
             if self._flying >= _FLIGHTS_MAX or self._flying_bytes >= _FLYING_BYTES_MAX:
@@ -169,17 +174,16 @@ class Listings:
             if already:
                 age_s = max(self._clock.now() - flight.began, 0.0)
                 return Found(landing.page, Phase.HIT, Reason.FRESH, age_s, 0)
-            return Found(landing.page, Phase.MISS, _why(kept, flight.values), None, requests)
+            return Found(landing.page, Phase.MISS, _why(before, flight.values), None, requests)
         if landing.passed is not None:
             return landing.passed
         assert landing.failure is not None
         if not landing.down:
             return Failed(landing.failure, "refused", requests)
-        if kept is None and keeps:
-            kept = await self._pages.get(key)
+        kept = await self._pages.get(key) if rule.stale_if_error_s > 0 else None
         if kept is not None and kept.values == self._fences.listing_values(bucket, prefix):
             age_s = self._clock.now() - kept.validated_at
-            if rule.stale_if_error_s > 0 and 0 <= age_s <= rule.fresh_s + rule.stale_if_error_s:
+            if 0 <= age_s <= rule.fresh_s + rule.stale_if_error_s:
                 return Found(kept, Phase.STALE, Reason.ORIGIN_DOWN, age_s, requests)
         return Failed(landing.failure, Reason.ORIGIN_DOWN, requests)
 
@@ -197,9 +201,10 @@ class Listings:
     # --- flights ----------------------------------------------------------------------------------------------------
 
     def _joined(self, key: bytes, values: tuple[int, int], arrived: float, rule: ListingRule) -> _Flight | None:
-        """A flight that is as good as one that begins now."""
+        """A flight that is as good as one that begins now. arrived: monotonic seconds. One that began after the client
+        came, while it was looked for on disk, always is."""
         flight = self._flights.get((key, values))
-        if flight is None or not _fresh(flight.began, arrived, rule):
+        if flight is None or arrived - flight.since >= rule.fresh_s:
             return None
         if flight.landed.done() and flight.landed.result().page is None:
             return None
@@ -209,7 +214,7 @@ class Listings:
         self, question: Question, key: bytes, values: tuple[int, int], operation: str, rule: ListingRule | None
     ) -> _Flight:
         landed: asyncio.Future[_Landing] = asyncio.get_running_loop().create_future()
-        flight = _Flight(question, key, values, operation, self._clock.now(), landed)
+        flight = _Flight(question, key, values, operation, self._clock.now(), self._clock.monotonic(), landed)
         try:
             self._tasks.spawn(self._fly(flight, rule), f"{operation} {question.bucket}")
         except TasksClosed:
@@ -289,10 +294,11 @@ def _fresh(validated_at: float, now: float, rule: ListingRule) -> bool:
     return rule.fresh_s == math.inf or 0.0 <= now - validated_at < rule.fresh_s
 
 
-def _why(kept: Page | None, values: tuple[int, int]) -> Reason:
-    if kept is None:
+def _why(before: tuple[int, int] | None, values: tuple[int, int]) -> Reason:
+    """before: the values of the page that there was."""
+    if before is None:
         return Reason.COLD
-    return Reason.EXPIRED if kept.values == values else Reason.FENCED
+    return Reason.EXPIRED if before == values else Reason.FENCED
 
 
 def _may_be_kept(headers: Mapping[str, str], page: Page) -> bool:

@@ -19,7 +19,7 @@ from kos.tasks import Tasks
 from koscache.fence import Fence
 from kosproxy import listings as module
 from kosproxy.listings import Failed, Found, Listings, Passed
-from kosproxy.pages import Pages, PageStore
+from kosproxy.pages import Page, Pages, PageStore
 from tests.conditions import until
 from tests.fakes.clock import FakeClock
 from tests.fakes.origin import FakeOrigin
@@ -68,6 +68,7 @@ def phase(found: Found | Passed | Failed) -> str:
 async def test_the_reasons_of_a_miss(scene: Scene) -> None:
     assert phase(await scene.find("a")) == "miss;cold"
     assert phase(await scene.find("a")) == "hit;fresh"
+    await until(lambda: scene.listings.flights == 0)
     scene.fence.bump_all(scene.fence.directory_slots("b", ["abc"]))
     assert phase(await scene.find("a")) == "miss;fenced"
     await until(lambda: scene.listings.flights == 0)
@@ -76,6 +77,76 @@ async def test_the_reasons_of_a_miss(scene: Scene) -> None:
     await until(lambda: scene.listings.flights == 0)
     scene.clock.jump(-3600.0)
     assert phase(await scene.find("a")) == "miss;expired", "a page from the future has no known age"
+
+
+async def test_who_comes_together_asks_once_though_time_goes_by_while_the_disk_is_asked(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, looked = scene.pages.get, 0
+
+    async def slowly(key: bytes) -> Page | None:
+        nonlocal looked
+        found = await look(key)
+        scene.clock.move(0.001)
+        looked += 1
+        return found
+
+    monkeypatch.setattr(scene.pages, "get", slowly)
+    hold = scene.origin.hold(times=None, op="ListObjectsV2")
+    asking = [asyncio.create_task(scene.find()) for _ in range(20)]
+    await hold.reached()
+    await until(lambda: looked == 20)
+    hold.release()
+    assert [phase(await each) for each in asking] == ["miss;cold"] * 20
+    assert len(hold.held) == 1
+
+
+@pytest.mark.parametrize("step_s", [-3600.0, 3600.0])
+async def test_a_clock_that_is_set_makes_no_flight_younger_or_older(scene: Scene, step_s: float) -> None:
+    hold = scene.origin.hold(times=None, op="ListObjectsV2")
+    asking = [asyncio.create_task(scene.find())]
+    await hold.reached()
+    scene.clock.jump(step_s)
+    asking.append(asyncio.create_task(scene.find()))
+    await asyncio.sleep(0)
+    scene.clock.jump(-step_s)
+    scene.clock.move(60.0)
+    asking.append(asyncio.create_task(scene.find()))
+    await until(lambda: len(hold.held) == 2)
+    hold.release()
+    assert [phase(await each) for each in asking] == ["miss;cold"] * 3
+    assert scene.origin.count(op="ListObjectsV2") == 2, (
+        "the last came when the first flight was as old as a page may be"
+    )
+
+
+async def test_who_waits_holds_no_page_that_is_out_of_date(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, made, gone = scene.pages.get, 0, 0
+
+    class Watched(Page):
+        def __del__(self) -> None:
+            nonlocal gone
+            gone += 1
+
+    async def watched(key: bytes) -> Page | None:
+        nonlocal made
+        found = await look(key)
+        if found is None:
+            return None
+        made += 1
+        return Watched(*found)
+
+    await scene.find()
+    await until(lambda: scene.listings.flights == 0)
+    scene.clock.jump(61.0)
+    monkeypatch.setattr(scene.pages, "get", watched)
+    hold = scene.origin.hold(op="ListObjectsV2")
+    asking = [asyncio.create_task(scene.find()) for _ in range(20)]
+    await hold.reached()
+    await until(lambda: made == 20)
+    await until(lambda: gone == 20)
+    hold.release()
+    assert [phase(await each) for each in asking] == ["miss;expired"] * 20
 
 
 async def test_always_means_a_request_for_each_who_asks(scene: Scene) -> None:
@@ -124,8 +195,10 @@ async def test_pages_on_their_way_to_clients_are_bounded(scene: Scene) -> None:
 
 async def test_all_who_wait_hear_that_the_worker_closes(scene: Scene) -> None:
     hold = scene.origin.hold(op="ListObjectsV2")
-    asking = [asyncio.create_task(scene.find()) for _ in range(3)]
+    asking = [asyncio.create_task(scene.find())]
     await hold.reached()
+    asking += [asyncio.create_task(scene.find()) for _ in range(2)]
+    await asyncio.sleep(0)
     await scene.tasks.close()
     for found in await asyncio.gather(*asking):
         assert isinstance(found, Failed) and isinstance(found.failure, OriginUnavailable)
