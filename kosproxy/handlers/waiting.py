@@ -32,8 +32,9 @@ from kosproxy.render import as_s3_error, common, passed_on
 
 #: Operations whose 200 may turn out to be an error.
 WAITED_FOR: Final = frozenset({Op.CompleteMultipartUpload, Op.CopyObject, Op.UploadPartCopy})
-#: Who says so may have given up waiting for somebody who still works. 503 is a refusal to begin.
-GAVE_UP: Final = frozenset({500, 502, 504})
+#: Who says so may have given up waiting for somebody who still works. S3's own 503 is a refusal to begin, but proxies say
+#: it also of a connection that they lost behind a whole request.
+GAVE_UP: Final = frozenset({500, 502, 503, 504})
 #: A result holds a key, a few checksums and an address; what an origin sends to keep the connection alive comes on top.
 _ANSWER_MAX_BYTES: Final = 1024 * 1024
 _DECLARATION: Final = b'<?xml version="1.0" encoding="UTF-8"?>\n'
