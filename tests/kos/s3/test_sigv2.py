@@ -125,7 +125,12 @@ def test_a_change_is_noticed(change: dict[str, str]) -> None:
 
 
 def test_a_slash_that_was_not_sent_counts_for_a_bucket_alone() -> None:
-    for text, target in (("GET\n\n\n{}\n/b", "/b/"), ("GET\n\n\n{}\n/b/k/", "/b/k"), ("GET\n\n\n{}\n//", "/")):
+    for text, target in (
+        ("GET\n\n\n{}\n/b", "/b/"),
+        ("GET\n\n\n{}\n/b/k/", "/b/k"),
+        ("GET\n\n\n{}\n//", "/"),
+        ("GET\n\n\n{}\n/b%2Fk/", "/b%2Fk"),
+    ):
         assert refused(signed(text, target)).code == "SignatureDoesNotMatch"
 
 
