@@ -31,6 +31,7 @@ from kos.origin.lane import OriginLane
 from kos.origin.response import OriginResponse
 from kos.rules import ListingRule, Rules
 from kos.s3.listing import Question
+from kos.s3.object_response import for_everybody
 from kos.tasks import Tasks, TasksClosed
 from koscache.carrier import Phase, Reason
 from kosproxy.pages import PAGE_BYTES_MAX, Page, Pages
@@ -264,10 +265,15 @@ class Listings:
         flight.requests += 1
         question = flight.question
         response = await self._origin.request(
-            "GET", question.bucket, None, query=question.query(), operation=flight.operation
+            "GET",
+            question.bucket,
+            None,
+            query=question.query(),
+            headers=question.headers(),
+            operation=flight.operation,
         )
         async with response:
-            headers = tuple(passed_on(response.headers))
+            headers = tuple(pair for pair in passed_on(response.headers) if for_everybody(pair[0].lower()))
             if response.status != 200:
                 return _Landing(failure=OriginRefused(response.status, headers, await response.read(_ERROR_BYTES)))
             body = await self._body(flight, response)

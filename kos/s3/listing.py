@@ -18,7 +18,7 @@ Sources: https://docs.aws.amazon.com/AmazonS3/latest/API/ API_ListObjects.html, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,9 +43,13 @@ _HARMLESS: Final = frozenset(
 _BYPASS_HEADERS: Final = {
     "origin": "cors",
     "x-amz-expected-bucket-owner": "expected_bucket_owner",
-    "x-amz-optional-object-attributes": "optional_attributes",
     "x-amz-request-payer": "request_payer",
 }
+
+#: What more to say of each object. Clients made of the AWS CRT and Mountpoint's send it with every listing.
+_ATTRIBUTES: Final = "x-amz-optional-object-attributes"
+#: RestoreStatus is the only one so far. Of anything that is no list of names the origin says what it is.
+_ATTRIBUTE_NAMES: Final = re.compile(r"[A-Za-z]{1,64}(?:, ?[A-Za-z]{1,64}){0,7}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Question:
     """One listing. Texts are decoded, bytes that are not UTF-8 as escaped surrogates; None: not asked.
 
     version: 1 or 2. token, start_after, fetch_owner: of version 2. marker: of version 1. max_keys: as asked, from 0 on.
+    attributes: the value of x-amz-optional-object-attributes.
     """
 
     bucket: str
@@ -65,6 +70,7 @@ class Question:
     token: str | None = None
     start_after: str | None = None
     fetch_owner: str | None = None
+    attributes: str | None = None
 
     def query(self) -> list[tuple[str, str]]:
         """The decoded pairs to ask the origin with, in one order."""
@@ -81,11 +87,16 @@ class Question:
         )
         return [(name, value) for name, value in pairs if value is not None]
 
+    def headers(self) -> list[tuple[str, str]]:
+        """The headers to ask the origin with."""
+        return [] if self.attributes is None else [(_ATTRIBUTES, self.attributes)]
+
     @property
     def key(self) -> bytes:
         """Bytes that are the same for equal questions and for no others: each text with its length before it."""
         pieces = [self.bucket]
-        for name, value in self.query():
+        # No parameter of a listing has a header's name.
+        for name, value in (*self.query(), *self.headers()):
             pieces += (name, value)
         encoded = [piece.encode("utf-8", "surrogateescape") for piece in pieces]
         return b"".join(b"%d:%b" % (len(piece), piece) for piece in encoded)
@@ -96,10 +107,10 @@ def version_of(params: Mapping[str, str]) -> int:
     return 2 if "list-type" in params else 1
 
 
-def bypass_reason(params: Mapping[str, str], headers: Iterable[str]) -> str | None:
+def bypass_reason(params: Mapping[str, str], headers: Mapping[str, str]) -> str | None:
     """Why a listing is not the cache's, so that the origin must be asked as the client asked; None if it is.
 
-    params: decoded, without authentication. headers: names in lower case.
+    params: decoded, without authentication. headers: named in lower case.
     """
     if params.get("list-type", "2") != "2":
         return "list_type"
@@ -117,13 +128,17 @@ def bypass_reason(params: Mapping[str, str], headers: Iterable[str]) -> str | No
     for name in headers:
         if name in _BYPASS_HEADERS:
             return _BYPASS_HEADERS[name]
+        if name == _ATTRIBUTES:
+            if _ATTRIBUTE_NAMES.fullmatch(headers[name]) is None:
+                return "optional_attributes"
+            continue
         if name.startswith(("x-amz-", "x-minio-")) and name not in _HARMLESS:
             return "unknown_header"
     return None
 
 
-def parse(bucket: str, params: Mapping[str, str]) -> Question:
-    """The question of parameters that have no bypass_reason().
+def parse(bucket: str, params: Mapping[str, str], headers: Mapping[str, str]) -> Question:
+    """The question of parameters and headers that have no bypass_reason().
 
     S3Error InvalidArgument as S3 says it, in the order in which S3 looks (max-keys that is no number, encoding-type,
     token, max-keys out of range); only that the bucket is not looked up in between.
@@ -151,6 +166,7 @@ def parse(bucket: str, params: Mapping[str, str]) -> Question:
         token,
         params.get("start-after"),
         params.get("fetch-owner"),
+        headers.get(_ATTRIBUTES),
     )
 
 

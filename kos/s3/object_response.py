@@ -95,6 +95,13 @@ _NOT_KEPT: Final = frozenset(
 )  # fmt: skip
 _NOT_KEPT_PREFIXES: Final = ("access-control-",)
 _CHECKSUM_PREFIX: Final = "x-amz-checksum-"
+
+
+def for_everybody(name: str) -> bool:
+    """Whether a header of the origin's answer, by its name in lower case, may be said again to others who ask the same."""
+    return name not in _NOT_KEPT and not name.startswith(_NOT_KEPT_PREFIXES)
+
+
 # What S3 names an object that was stored without a type.
 _DEFAULT_TYPE: Final = ("Content-Type", "binary/octet-stream")
 
@@ -127,7 +134,7 @@ def meta_from_headers(
         lower = name.lower()
         if lower.startswith(_CHECKSUM_PREFIX):
             checksums.append((name, value))
-        elif lower not in _NOT_KEPT and lower not in hop_by_hop and not lower.startswith(_NOT_KEPT_PREFIXES):
+        elif lower not in hop_by_hop and for_everybody(lower):
             kept.append((name, value))
     if "content-type" not in named:
         kept.append(_DEFAULT_TYPE)

@@ -26,7 +26,7 @@ async def list_objects(exchange: Exchange, operation: Operation, identity: Ident
     if reason is not None:
         await _pass(exchange, operation, identity, reason)
         return
-    question = listing.parse(operation.bucket, operation.params)
+    question = listing.parse(operation.bucket, operation.params, headers)
     listings = exchange.parts.listings
     if listings is None:
         await _pass(exchange, operation, identity, Reason.CACHING_OFF)

@@ -162,11 +162,11 @@ def question(data: bytes) -> None:
             if listing.bypass_reason(found.params, request.headers) is not None:
                 continue
             try:
-                asked = listing.parse(found.bucket, found.params)
+                asked = listing.parse(found.bucket, found.params, request.headers)
             except S3Error as refusal:
                 assert refusal.code == "InvalidArgument"
                 continue
-            again = listing.parse(found.bucket, dict(asked.query()))
+            again = listing.parse(found.bucket, dict(asked.query()), dict(asked.headers()))
             assert again == asked and again.key == asked.key
 
 

@@ -275,7 +275,7 @@ def test_errors_are_not_kept(origin: FakeOrigin, bucket: str, kos: Any) -> None:
     ("raw", "status", "kept"),
     [
         ({"cache-control": "no-store"}, 200, False),
-        ({"x-amz-request-charged": "requester"}, 200, True),
+        ({"x-amz-bucket-region": "eu-west-1", "x-custom": "1"}, 200, True),
     ],
 )
 def test_headers_of_a_listing(
@@ -287,6 +287,21 @@ def test_headers_of_a_listing(
         assert answer["ResponseMetadata"]["HTTPStatusCode"] == status
         assert raw.items() <= answer["ResponseMetadata"]["HTTPHeaders"].items()
     assert phase(answers[1]) == ("hit" if kept else "miss")
+
+
+def test_what_an_origin_says_to_one_is_not_said_to_others(origin: FakeOrigin, bucket: str, kos: Any) -> None:
+    told: dict[str, str | None] = {
+        "access-control-allow-origin": "https://one.example",
+        "age": "77",
+        "set-cookie": "who=one",
+        "x-amz-request-charged": "requester",
+        "x-kos-cache": "hit",
+    }
+    origin.fault(op="ListObjectsV2", bucket=bucket, headers=told)
+    miss, hit = (kos.list_objects_v2(Bucket=bucket)["ResponseMetadata"]["HTTPHeaders"] for _ in range(2))
+    assert (miss["x-kos-cache"], hit["x-kos-cache"]) == ("miss;reason=cold", "hit")
+    assert hit["age"] == "0" and told.keys() & miss.keys() == {"x-kos-cache"} < told.keys() & hit.keys()
+    assert told.keys() & hit.keys() == {"x-kos-cache", "age"}
 
 
 def test_an_answer_that_is_no_listing_is_passed_on_and_not_kept(origin: FakeOrigin, bucket: str, kos: Any) -> None:
@@ -342,6 +357,16 @@ def test_what_is_asked_in_an_unusual_way_is_passed_through(origin: FakeOrigin, b
         assert answer["ResponseMetadata"]["HTTPHeaders"]["x-kos-cache"] == "bypass;reason=expected_bucket_owner"
     assert origin.requests[-1].headers["x-amz-expected-bucket-owner"] == "123456789012"
     assert asked(origin, bucket) == 2
+
+
+def test_what_more_is_asked_of_each_object_makes_another_question(
+    origin: FakeOrigin, bucket: str, kos: Any, listing_node: Node
+) -> None:
+    plain = [phase(kos.list_objects_v2(Bucket=bucket)) for _ in range(2)]
+    more = [phase(kos.list_objects_v2(Bucket=bucket, OptionalObjectAttributes=["RestoreStatus"])) for _ in range(2)]
+    assert plain == more == ["miss", "hit"]
+    name = "x-amz-optional-object-attributes"
+    assert [each.headers.get(name) for each in origin.requests] == [None, "RestoreStatus"]
 
 
 def test_kos_refuses_what_s3_refuses_without_asking(origin: FakeOrigin, bucket: str, kos: Any) -> None:

@@ -22,6 +22,7 @@ questions = st.builds(
     token=_texts.filter(lambda token: token != ""),
     start_after=_texts,
     fetch_owner=st.sampled_from([None, "true", "false"]),
+    attributes=st.sampled_from([None, "RestoreStatus", "RestoreStatus, Other"]),
 ).map(lambda asked: _of_its_version(asked))
 
 
@@ -29,8 +30,14 @@ def _of_its_version(asked: Question) -> Question:
     """Without the parameters of the other version, which no parsed question has."""
     rest = (asked.bucket, asked.version, asked.prefix, asked.delimiter, asked.max_keys, asked.encoding_type)
     if asked.version == 1:
-        return Question(*rest, marker=asked.marker)
-    return Question(*rest, token=asked.token, start_after=asked.start_after, fetch_owner=asked.fetch_owner)
+        return Question(*rest, marker=asked.marker, attributes=asked.attributes)
+    return Question(
+        *rest,
+        token=asked.token,
+        start_after=asked.start_after,
+        fetch_owner=asked.fetch_owner,
+        attributes=asked.attributes,
+    )
 
 
 @given(questions, questions)
@@ -40,16 +47,17 @@ def test_questions_have_one_key_just_when_they_are_equal(one: Question, other: Q
 
 @given(questions)
 def test_what_is_asked_of_the_origin_is_the_same_question(asked: Question) -> None:
-    params = dict(asked.query())
-    assert bypass_reason(params, ()) is None
-    assert parse(asked.bucket, params) == asked
+    params, headers = dict(asked.query()), dict(asked.headers())
+    assert bypass_reason(params, headers) is None
+    assert parse(asked.bucket, params, headers) == asked
 
 
 @given(questions, st.permutations(["x-id", "X-Custom", "x-amz-user-agent"]))
 def test_what_changes_no_answer_changes_no_key(asked: Question, names: list[str]) -> None:
     params = {names[0]: "v", **dict(reversed(asked.query())), names[1]: "v"}
-    assert bypass_reason(params, ("host", "x-amz-date", "x-forwarded-for", "accept-encoding")) is None
-    assert parse(asked.bucket, params).key == asked.key
+    headers = dict.fromkeys(("host", "x-amz-date", "x-forwarded-for", "accept-encoding"), "v") | dict(asked.headers())
+    assert bypass_reason(params, headers) is None
+    assert parse(asked.bucket, params, headers).key == asked.key
 
 
 @pytest.mark.parametrize(
@@ -57,11 +65,11 @@ def test_what_changes_no_answer_changes_no_key(asked: Question, names: list[str]
     [("0", 0), ("5", 5), ("05", 5), ("-0", 0), ("1001", 1001), ("2147483647", 2147483647), ("0" * 5000 + "7", 7)],
 )
 def test_max_keys_that_s3_takes(text: str, number: int) -> None:
-    assert parse("b", {"max-keys": text}).max_keys == number
+    assert parse("b", {"max-keys": text}, {}).max_keys == number
 
 
 def test_an_empty_max_keys_is_none() -> None:
-    assert parse("b", {"max-keys": ""}) == parse("b", {})
+    assert parse("b", {"max-keys": ""}, {}) == parse("b", {}, {})
 
 
 _PARSE = "Provided max-keys not an integer or within integer range"
@@ -103,13 +111,13 @@ _TOKEN = "The continuation token provided is incorrect"
 )
 def test_what_s3_refuses(params: dict[str, str], message: str, name: str, value: str | None) -> None:
     with pytest.raises(S3Error) as refused:
-        parse("b", params)
+        parse("b", params, {})
     assert (refused.value.code, refused.value.status, refused.value.message) == ("InvalidArgument", 400, message)
     assert refused.value.extra == {"ArgumentName": name} | ({} if value is None else {"ArgumentValue": value})
 
 
 def test_encoding_type_is_read_without_case() -> None:
-    assert parse("b", {"encoding-type": "URL"}).key == parse("b", {"encoding-type": "url"}).key
+    assert parse("b", {"encoding-type": "URL"}, {}).key == parse("b", {"encoding-type": "url"}, {}).key
 
 
 @pytest.mark.parametrize(
@@ -129,6 +137,7 @@ def test_encoding_type_is_read_without_case() -> None:
         ({"X-Amz-Something": "new"}, (), "unknown_parameter"),
         ({}, ("x-amz-expected-bucket-owner",), "expected_bucket_owner"),
         ({}, ("x-amz-optional-object-attributes",), "optional_attributes"),
+        ({"list-type": "2", "X-Amz-Optional-Object-Attributes": "RestoreStatus"}, (), "unknown_parameter"),
         ({}, ("x-amz-request-payer",), "request_payer"),
         ({}, ("x-amz-something-new",), "unknown_header"),
         ({}, ("x-minio-extract",), "unknown_header"),
@@ -136,4 +145,4 @@ def test_encoding_type_is_read_without_case() -> None:
     ],
 )
 def test_what_is_left_to_the_origin(params: dict[str, str], headers: tuple[str, ...], reason: str | None) -> None:
-    assert bypass_reason(params, headers) == reason
+    assert bypass_reason(params, dict.fromkeys(headers, "a;b")) == reason
