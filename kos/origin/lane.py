@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import ssl
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,10 @@ _OURS: Final = frozenset(
         "x-amz-security-token",
     }
 )
+#: Buckets that a host name can hold. Hosts know no capitals, so that "Data" would be asked as "data", another bucket;
+#: other names are found nowhere. A wildcard certificate is for one label: behind https a bucket has no dots.
+_LABEL: Final = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_IN_HOST: Final = {"http": re.compile(rf"{_LABEL}(?:\.{_LABEL})*"), "https": re.compile(_LABEL)}
 #: Longer bodies are sent in pieces, so that their progress is seen and no timeout takes a slow link for a dead origin.
 _PIECE_BYTES: Final = 64 * 1024
 
@@ -244,7 +249,7 @@ class OriginLane:
         host = self._authority
         path = self._base_path + "/"
         if bucket is not None:
-            if self._origin.addressing == "virtual":
+            if self._origin.addressing == "virtual" and _IN_HOST[self._scheme].fullmatch(bucket):
                 host = f"{bucket}.{host}"
             else:
                 path += uri_encode(bucket, False) + ("/" if key is not None else "")
@@ -337,10 +342,12 @@ class OriginLane:
             if pending.upload is not None and pending.upload.error is not None:
                 raise pending.upload.error from None
             failed = _classify(error)
-            self.breaker.failed(ticket, self._clock.monotonic(), failed.failure.value)
             self._observer.failed(failed.failure.value)
             self._say(failed)
-            told = True
+            if self._origin.addressing == "path" or not isinstance(error, aiohttp.ClientConnectorDNSError):
+                self.breaker.failed(ticket, self._clock.monotonic(), failed.failure.value)
+                told = True
+            # Else a bucket's host has no address, which says nothing of other buckets' hosts.
             return failed
         finally:
             if not told:

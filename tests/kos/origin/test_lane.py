@@ -92,6 +92,44 @@ async def test_virtual_hosted_addressing(seen: Seen) -> None:
         await lane.close()
 
 
+@pytest.mark.parametrize("bucket", ["Data", "a_b", "a..b", "a.-b", "x" * 64, "a-"])
+async def test_a_bucket_that_no_host_can_name_is_asked_by_path(seen: Seen, bucket: str) -> None:
+    async with FakeOrigin(secrets={KEYS.access_key: KEYS.secret_key}, domain="s3.test") as origin:
+        config = Origin(endpoint=f"http://s3.test:{origin.port}", addressing="virtual")
+        lane = OriginLane(config, StaticCredentials(KEYS), QuickClock(), observer=seen, resolver=Loopback())
+        await lane.start()
+        origin.put(bucket, "k", b"body")
+        async with await lane.request("GET", bucket, "k") as response:
+            assert (response.status, await response.read(10)) == (200, b"body")
+        assert origin.requests[0].headers["host"] == f"s3.test:{origin.port}"
+        await lane.close()
+
+
+class OneBucket(Loopback):
+    """Only one bucket's name is known."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[aiohttp.abc.ResolveResult]:
+        if not host.startswith("known."):
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        return await super().resolve(host, port, family)
+
+
+async def test_hosts_that_are_not_there_keep_nobody_from_others(seen: Seen) -> None:
+    async with FakeOrigin(secrets={KEYS.access_key: KEYS.secret_key}, domain="s3.test") as origin:
+        config = Origin(endpoint=f"http://s3.test:{origin.port}", addressing="virtual", breaker_failures=2)
+        lane = OriginLane(config, StaticCredentials(KEYS), QuickClock(), observer=seen, resolver=OneBucket())
+        await lane.start()
+        origin.put("known", "k", b"body")
+        for n in range(4):
+            with pytest.raises(OriginUnavailable, match="cannot connect"):
+                await lane.request("GET", f"typo-{n}", "k")
+        async with await lane.request("GET", "known", "k") as response:
+            assert await response.read(10) == b"body"
+        await lane.close()
+
+
 async def test_only_what_was_asked_for_is_sent(lane: OriginLane, origin: FakeOrigin) -> None:
     theirs = {
         "Content-Type": "x/y",
