@@ -20,7 +20,8 @@ from concurrent.futures import Executor
 from typing import Any, Final, Protocol, cast
 
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
@@ -278,6 +279,8 @@ class Connection(RequestHandler):
             self._head_bytes = 0
             self._head_since = 0.0
             self._discarding = isinstance(message, _ErrInfo)
+            if not isinstance(message, _ErrInfo) and message.upgrade and not self._upgraded:
+                self._decline_upgrade(message, payload, data)
         else:
             self._clean = False
             if idle:
@@ -285,6 +288,13 @@ class Connection(RequestHandler):
                 self._head_since = self._head_since or self._loop.time()
                 if self._head_bytes > self._edge.limits.header_bytes:
                     self.refuse(S3Error("RequestHeaderSectionTooLarge"))
+
+    def _decline_upgrade(self, message: RawRequestMessage, payload: StreamReader, data: bytes) -> None:
+        """The newest message asks for a protocol that nobody here speaks (Java's client asks for h2c each time that it
+        connects). It is answered as if it had not asked, but what came along behind it in the same read aiohttp's parser
+        has dropped: were the connection kept, the rest of that would be taken for a request."""
+        if payload is not EMPTY_PAYLOAD or data.count(_HEAD_END) != 1 or not data.endswith(_HEAD_END):
+            self._messages[-1] = (message._replace(should_close=True), payload)
 
     # -- what is no request
 

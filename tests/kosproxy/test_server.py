@@ -87,6 +87,37 @@ async def test_half_a_head_that_looks_like_a_request_is_not_taken_for_one(tmp_pa
         writer.close()
 
 
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+
+
+async def test_an_upgrade_that_nobody_speaks_is_declined_and_the_connection_kept(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        for _ in range(2):
+            writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n%b\r\n" % UPGRADE)
+            assert await read_answer(reader) == b""
+            writer.write(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert await read_answer(reader) == b"fast"
+        writer.close()
+
+
+@pytest.mark.parametrize("body", [b"", b"hello"])
+async def test_nothing_behind_an_upgrade_is_taken_for_what_it_is_not(tmp_path: Path, body: bytes) -> None:
+    """The parser drops what comes along in the same read: here half a head, whose rest is the head of another request."""
+    async with serving(tmp_path) as served:
+        reader, writer = await served.open()
+        length = b"Content-Length: %d\r\n" % len(body) if body else b""
+        head = b"PUT /asked HTTP/1.1\r\nHost: x\r\n%b%b\r\n" % (length, UPGRADE)
+        writer.write(head + body + b"GET /slow HTTP/1.1\r\nHost: x\r\nX-Odd: ")
+        await until(lambda: served.lanes.begun)
+        writer.write(b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await read_answer(reader) == body
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        assert served.lanes.seen == [f"PUT /asked {len(body)}"]
+        writer.close()
+
+
 @pytest.mark.parametrize("first", ["/file", "/fast", "/slow"])
 async def test_what_is_pipelined_is_answered_in_order(tmp_path: Path, first: str) -> None:
     async with serving(tmp_path) as served:
