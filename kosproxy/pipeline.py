@@ -27,6 +27,7 @@ from kos.s3 import operation as operations
 from kos.s3.object_response import render_head
 from kos.s3.operation import Handling, Operation
 from kos.s3.sigv4 import Identity
+from koscache.carrier import Changed
 from kosproxy import render
 from kosproxy.access_log import UNKNOWN, Line, time_text
 from kosproxy.exchange import Exchange
@@ -115,7 +116,7 @@ class Pipeline:
                     await self._preflights.answer(exchange, operation)
                 else:
                     await _HANDLERS[operation.handling](exchange, operation, identity)
-            except (S3Error, OriginError) as failure:
+            except (S3Error, OriginError, Changed) as failure:
                 await self._fail(exchange, failure)
             except ConnectionError:
                 raise

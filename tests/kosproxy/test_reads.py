@@ -67,12 +67,16 @@ def test_a_whole_body(proxy: Proxy, key: str) -> None:
 
 @pytest.mark.parametrize("key", ["here", "filling"])
 @pytest.mark.parametrize("failure", [Changed("x"), OriginBroken("x"), OriginUnavailable("x"), ValueError("a bug")])
-def test_what_fails_after_the_head_breaks_off(proxy: Proxy, key: str, failure: Exception) -> None:
+def test_what_fails_after_the_head_breaks_off(
+    proxy: Proxy, key: str, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     proxy.carrier.body_fails.append((2, failure))
     status, headers, body = get(proxy, key)
     assert status == 200 and int(headers["content-length"]) == len(BODY)
     assert body == BODY[: 2 * BLOCK]
     assert proxy.lines[0].error == type(failure).__name__ and proxy.lines[0].bytes == 2 * BLOCK
+    # What must be expected of the world is told in a line; a traceback is for what is ours.
+    assert any(record.exc_info for record in caplog.records) == isinstance(failure, ValueError)
 
 
 def test_a_change_before_the_first_byte_starts_over(proxy: Proxy) -> None:
