@@ -68,7 +68,7 @@ class CarrierStats:
     asking: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Write:
     """A write under way, or one whose end is unknown. until: monotonic seconds, when it must have ended. tokens: under
     which the daemon was told of it. slots: of the fence."""
@@ -102,6 +102,8 @@ class Carrier:
         self._parts = Parts(self._context)
         self._touches: dict[tuple[bytes, int], None] = {}
         self._tokens = count(1)
+        #: all that the daemon is to end should this worker die: those under way, and the unsettled
+        self._writes: set[_Write] = set()
         #: writes that the origin may still carry out, the oldest first
         self._unsettled: deque[_Write] = deque()
         self._unsettled_slots = 0
@@ -288,6 +290,7 @@ class Carrier:
         slots = sorted(passed)
         self._bump(slots)
         write = _Write(0.0, self._tell_begun(slots), slots)
+        self._writes.add(write)
         ended = False
         try:
             yield
@@ -328,6 +331,7 @@ class Carrier:
         return tokens
 
     def _tell_ended(self, write: _Write) -> None:
+        self._writes.discard(write)
         for token in write.tokens:
             self._link.tell(ipc.WriteEnd(token))
 
@@ -372,8 +376,12 @@ class Carrier:
     # --- link.Receiver ----------------------------------------------------------------------------------------------
 
     def link_up(self) -> None:
-        """A daemon is there, perhaps another one than before, perhaps with another index."""
+        """A daemon is there, perhaps another one than before, perhaps with another index. It knows of no write yet."""
         self._reopen()
+        for write in self._writes:
+            before, write.tokens = write.tokens, self._tell_begun(write.slots)
+            for token in before:  # it may have been said in the moment before the welcome
+                self._link.tell(ipc.WriteEnd(token))
 
     def link_down(self) -> None:
         self._blocks.link_down()

@@ -221,6 +221,32 @@ async def test_a_worker_that_dies_in_the_middle_of_a_write_leaves_the_key_fenced
     await until(lambda: fence.value(slot) != before)
 
 
+async def test_a_daemon_that_comes_back_hears_of_the_writes_under_way(node: CacheNode) -> None:
+    dying, other = node.workers
+
+    def told() -> int:
+        return 0 if node.daemon is None else sum(len(each.writes) for each in node.daemon._sessions.values())
+
+    async with dying.carrier.writing("b", ["d/k"]):
+        await until(lambda: told() == 1)
+        await node.stop_daemon()
+        await until(lambda: not dying.carrier.caching)
+        async with dying.carrier.writing("b", ["d/l"]):
+            await node.start_daemon()
+            await until(lambda: told() == 2, what="both writes, one of which began without a daemon")
+        await until(lambda: told() == 1)
+        fence = other.reader.fence
+        before = fence.value_of("b", "d/k"), fence.listing_values("b", "d/")[1]
+        assert dying.carrier._link._connection is not None
+        dying.carrier._link._connection.abort("as if killed")
+        await until(
+            lambda: fence.value_of("b", "d/k") != before[0] and fence.listing_values("b", "d/")[1] != before[1],
+            what="the object and the listing are fenced",
+        )
+        await until(lambda: dying.carrier.caching)
+    await until(lambda: told() == 0)
+
+
 async def test_evicted_segments_are_closed_by_all_workers_and_only_then_free(tmp_path: Path) -> None:
     options: dict[str, Any] = {"size_bytes": 18 * MIB, "segment_bytes": 512 * KIB, "index_bytes": 4 * MIB}
     async with CacheNode(tmp_path, workers=2, **options) as node:
