@@ -25,6 +25,10 @@ from kos.config import Rule
 #: two strings of at most 1 KiB each and a tuple: below 40 MB if every key had the greatest length, 5 MB as keys are
 MEMO_MAX: Final = 16384
 
+#: No key is longer. A prefix may be as long as a request's head, and no key is below it; the rules below its beginning are
+#: at least as strict, and to work them out holds the loop up no longer.
+_PREFIX_MAX: Final = 1024
+
 #: what holds when no rule matches
 DEFAULT: Final = Rule(match="*")
 
@@ -89,6 +93,7 @@ class Rules:
 
     def listing(self, bucket: str, prefix: str) -> ListingRule:
         """The rule of a listing of the bucket's keys that begin with the prefix: one look-up when asked before."""
+        prefix = prefix[:_PREFIX_MAX]
         known = self._by_prefix.get((bucket, prefix))
         if known is None:
             rules = self.under(bucket, prefix)

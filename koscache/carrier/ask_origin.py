@@ -10,6 +10,7 @@ answer's connection is given back here or handed on in the Answer's ticket.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from kos import metrics
 from kos.errors import OriginBroken, OriginUnavailable
@@ -20,6 +21,8 @@ from koscache.carrier.first import First, Judged, Kind, Verdict, after_416, judg
 from koscache.carrier.ticket import Ticket
 from koscache.content import Record, block_length, make_record, split_name
 from koscache.ipc import OpenOutcome, Refusal
+
+_VERSION_ID: Final = "x-amz-version-id"
 
 
 @dataclass(slots=True)
@@ -96,10 +99,15 @@ def _headers_may_differ(known: Record, fence: int, response: OriginResponse) -> 
     """Whether a 304 may hide other headers than the known ones: an ETag names the bytes, not the metadata.
 
     A copy of an object onto itself, its tags or its lock change what a GET shows and keep the ETag. Through kos that
-    fences the key; around kos a copy shows in Last-Modified.
+    fences the key; around kos a copy shows in Last-Modified, and in the version's id where there are versions.
     """
     last_modified = response.headers.get("Last-Modified", "").strip()
-    return known.fence != fence or (last_modified != "" and last_modified != known.last_modified)
+    if known.fence != fence or (last_modified != "" and last_modified != known.last_modified):
+        return True
+    version_id = response.headers.get(_VERSION_ID)
+    return version_id is not None and version_id not in (
+        value for name, value in known.headers if name.lower() == _VERSION_ID
+    )
 
 
 def _unavailable(error: OriginUnavailable, requests: int = 0) -> Answer:

@@ -139,6 +139,8 @@ def judge_answer(first: First, status: int, headers: Mapping[str, str], version_
         return Judged(Verdict.NOT_STORED, Reason.NO_ETAG, meta)
     if version_id is not None and not _is_version(version_id, named.get("x-amz-version-id")):
         return Judged(Verdict.NOT_STORED, Reason.NOT_THE_VERSION, meta)
+    if _is_in_motion(named, for_ever=version_id not in (None, NULL_VERSION)):
+        return Judged(Verdict.NOT_STORED, Reason.IN_MOTION, meta)
     if _forbids_storing(named.get("cache-control", "")) or not _keepable(meta):
         return Judged(Verdict.NOT_STORED, Reason.NO_STORE, meta)
     return Judged(Verdict.VERSION, Reason.COLD if first.if_none_match is None else Reason.CHANGED, meta)
@@ -147,6 +149,17 @@ def judge_answer(first: First, status: int, headers: Mapping[str, str], version_
 def _is_version(version_id: str, said: str | None) -> bool:
     # A bucket that never had versions has the null version only, and says nothing of it.
     return version_id == (NULL_VERSION if said is None else said.strip())
+
+
+def _is_in_motion(named: Mapping[str, str], *, for_ever: bool) -> bool:
+    """Whether the headers say what will change by itself, so that they are wrong soon. for_ever: they would be kept so.
+
+    That an archived object is being restored is never kept: some ask again and again whether it is done, and rules may be
+    `immutable`. Nothing is lost by it, as such an object cannot be read yet.
+    """
+    if 'ongoing-request="true"' in named.get("x-amz-restore", "").lower():
+        return True
+    return for_ever and named.get("x-amz-replication-status", "").strip().upper() == "PENDING"
 
 
 def _meta(status: int, named: Mapping[str, str], headers: Mapping[str, str]) -> ObjectMeta | None:

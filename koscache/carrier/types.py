@@ -43,6 +43,7 @@ class Reason(enum.StrEnum):
     PART = "part"  # where the part lies was not known
     NO_STORE = "no_store"
     NO_ETAG = "no_etag"
+    IN_MOTION = "in_motion"  # being restored, or a version that is being replicated: its headers change by themselves
     NOT_THE_VERSION = "not_the_version"  # the origin answered a versionId with something else
     DAEMON_AWAY = "daemon_away"
     CACHING_OFF = "caching_off"

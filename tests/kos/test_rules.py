@@ -192,6 +192,14 @@ def test_a_listing_takes_the_strictest_rule_below_its_prefix_and_no_other() -> N
     assert Rules([]).listing("b", "") == (30.0, 3600.0)
 
 
+def test_a_prefix_longer_than_any_key_costs_no_more_than_the_longest_key() -> None:
+    asked = rules("b/" + "x*" * 20, "b/y*", "*")
+    for number in range(100):
+        asked.listing("b", "x" * 60_000 + str(number))
+    ((_, prefix),) = asked._by_prefix
+    assert prefix == "x" * 1024
+
+
 def test_the_memo_of_prefixes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MEMO_MAX", 10)
     asked = rules("b/x*", "*")

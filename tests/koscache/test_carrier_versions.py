@@ -167,6 +167,46 @@ async def test_an_origin_that_does_not_say_it_is_that_version_is_relayed_and_not
     assert node.workers[0].carrier.peek("b", name).freshness is Freshness.ABSENT
 
 
+@pytest.mark.parametrize(
+    ("headers", "numbered", "plain"),
+    [
+        ({"x-amz-restore": 'ongoing-request="true"'}, False, False),
+        ({"x-amz-restore": 'ongoing-request="false", expiry-date="Fri, 21 Dec 2040 00:00:00 GMT"'}, True, True),
+        ({"x-amz-replication-status": "PENDING"}, False, True),
+        ({"x-amz-replication-status": "COMPLETED"}, True, True),
+    ],
+)
+async def test_what_will_change_by_itself_is_not_kept_for_ever(
+    node: CacheNode, headers: dict[str, str], numbered: bool, plain: bool
+) -> None:
+    version = version_name("k", node.origin.put("b", "k", b"body").version_id)
+    for name, kept in ((version, numbered), ("k", plain)):
+        fault = node.origin.fault(times=None, headers=headers)
+        opened, got = await node.get("b", name, want=Want(head_only=True))
+        assert opened.reason is (Reason.COLD if kept else Reason.IN_MOTION)
+        fault.end()
+        await node.settled()
+        opened, got = await node.get("b", name)
+        assert got == b"body"
+        said = {n.lower() for n, _ in opened.record.headers}
+        assert (headers.keys() <= said) is kept, "as kept, or as it is now"
+
+
+async def test_a_new_version_of_the_same_bytes_and_second_is_told_from_the_old_one(
+    node: CacheNode, clock: ShiftedClock
+) -> None:
+    old = node.origin.put("b", "k", b"body")
+    await node.read("b", "k")
+    await node.settled()
+    new = node.origin.put("b", "k", b"body", last_modified=old.last_modified)
+    clock.ahead_s += 31
+    node.origin.fault(headers={"x-amz-version-id": new.version_id})  # S3 says it with a 304 as well
+    opened, got = await node.get("b", "k")
+    assert [each.status for each in node.origin.requests[-2:]] == [304, 200]
+    assert got == b"body" and old.version_id != new.version_id
+    assert {n.lower(): v for n, v in opened.record.headers}["x-amz-version-id"] == new.version_id
+
+
 def _current_object(request: object) -> bool:
     request.query.pop("versionId", None)  # type: ignore[attr-defined]
     return True
