@@ -55,7 +55,6 @@ class Op(enum.Enum):
     ListObjectVersions = enum.auto()
     ListMultipartUploads = enum.auto()
     GetBucketLocation = enum.auto()
-    CreateSession = enum.auto()
     HeadBucket = enum.auto()
     CreateBucket = enum.auto()
     DeleteBucket = enum.auto()
@@ -176,7 +175,6 @@ _BUCKET: Final[_Table] = {
         ("versions", Op.ListObjectVersions, _FORWARD),
         ("uploads", Op.ListMultipartUploads, _FORWARD),
         ("location", Op.GetBucketLocation, _FORWARD),
-        ("session", Op.CreateSession, _FORWARD),
     ),
     "POST": (("delete", Op.DeleteObjects, _WRITE),),
 }
@@ -251,8 +249,8 @@ def parse(head: RequestHead, domain: str | None = None) -> Operation:
     """The operation of a request. domain: of virtual-hosted style, None if only path style is spoken.
 
     S3Error: InvalidURI, InvalidBucketName, KeyTooLongError; MethodNotAllowed; NotImplemented for what changes objects
-    without saying which: browser form uploads, whose key stands in the body, after the point where kos must know it, and
-    the headers in _MANY_CHANGED.
+    without saying which (browser form uploads, whose key stands in the body, after the point where kos must know it, and
+    the headers in _MANY_CHANGED), and for sessions, which are credentials.
     """
     method, raw_path, raw_query, headers = head
     host = headers.get("host", "") if domain else ""
@@ -345,6 +343,9 @@ def _rename_sources(bucket: str | None, header: str) -> tuple[str, ...]:
 
 def _bucket_operation(method: str, bucket: str, query: _Query) -> Operation:
     params = query.params
+    if "session" in params and method == "GET":
+        # Its answer would be keys to the origin, which are kos' own affair.
+        raise S3Error("NotImplemented", "Sessions of directory buckets are not supported.")
     listing_bypass = "repeated_parameter" if query.repeated else None
     for name, op, handling in _BUCKET.get(method, ()):
         if name in params:

@@ -159,6 +159,15 @@ _TABLE: Final[tuple[tuple[str, dict[str, Paths]], ...]] = (
         },
     ),
     (
+        "a session would be credentials of the origin; moto, which has no sessions, lists the bucket",
+        {
+            "buckets.session": {
+                "1 GET /BUCKET?session.status": ("200", "501"),
+                "1 GET /BUCKET?session./Error/Code": ("absent", "'NotImplemented'"),
+            },
+        },
+    ),
+    (
         "S3 has no PATCH: MethodNotAllowed, where moto fails",
         {
             "buckets.method_on_a_bucket[PATCH]": {

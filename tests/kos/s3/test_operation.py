@@ -27,7 +27,6 @@ GET /bkt?list-type=2&prefix=a                 ListObjectsV2           list
 GET /bkt?versions                             ListObjectVersions      forward
 GET /bkt?uploads                              ListMultipartUploads    forward
 GET /bkt?location                             GetBucketLocation       forward
-GET /bkt?session                              CreateSession           forward
 GET /bkt?policy                               BucketSubresourceRead   forward
 GET /bkt?lifecycle                            BucketSubresourceRead   forward
 GET /bkt?analytics&id=1                       BucketSubresourceRead   forward
@@ -173,6 +172,12 @@ def test_removing_objects_that_are_not_named_is_refused(line: str) -> None:
     with pytest.raises(S3Error, match="NotImplemented"):
         operation(line, x_minio_force_delete="true")
     assert operation(line, x_minio_force_delete="false").handling is Handling.WRITE
+
+
+@pytest.mark.parametrize("query", ["session", "session=", "list-type=2&session"])
+def test_nobody_is_given_keys_to_the_origin(query: str) -> None:
+    with pytest.raises(S3Error, match="NotImplemented"):
+        operation(f"GET /bkt?{query}")
 
 
 def test_putting_objects_that_are_not_named_is_refused() -> None:
