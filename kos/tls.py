@@ -25,6 +25,8 @@ _VERSIONS: Final = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3
 #: A chain of certificates is a few KiB.
 _FILE_BYTES_MAX: Final = 1 << 20
 
+#: What OpenSSL says to another certificate's key: one of the same kind, one of another kind.
+_ANOTHER_KEY: Final = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 _END: Final = "-----END CERTIFICATE-----"
 _SEQUENCE: Final = 0x30
 _UTC_TIME: Final = 0x17
@@ -60,7 +62,7 @@ def load(listen: Listen) -> Loaded:
     try:
         context.load_cert_chain(cert, key, password=_no_passphrase)
     except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
+        if error.reason in _ANOTHER_KEY:
             found = f"a key that does not fit the certificate in {cert}"
             raise _refused("listen.tls_key_file", key, found, "the key that the certificate was made for") from error
         found = f"no usable certificate and key: {(error.reason or str(error)).lower().replace('_', ' ')}"

@@ -175,8 +175,9 @@ async def test_it_looks_by_itself(tmp_path: Path, threads: ThreadPoolExecutor) -
         ),
         (lambda pair: encrypt(pair), ["listen.tls_key_file", "a key with a passphrase", "without one"]),
         (lambda pair: pair.cert_file.write_bytes(b"x" * (2 << 20)), ["listen.tls_cert_file", "more than"]),
+        (lambda pair: another_kind(pair), ["listen.tls_key_file", "a key that does not fit the certificate in"]),
     ],
-    ids=["no certificate", "no key", "no PEM", "no key PEM", "no DER", "passphrase", "huge"],
+    ids=["no certificate", "no key", "no PEM", "no key PEM", "no DER", "passphrase", "huge", "another kind of key"],
 )
 def test_in_which_words_a_start_fails(tmp_path: Path, spoil: object, said: list[str]) -> None:
     pair = certificates.make(tmp_path, "served")
@@ -186,6 +187,16 @@ def test_in_which_words_a_start_fails(tmp_path: Path, spoil: object, said: list[
     for words in said:
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def another_kind(pair: Pair) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    key = rsa.generate_private_key(65537, 2048)
+    pair.key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
 
 
 def encrypt(pair: Pair) -> None:
