@@ -74,11 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         log.setup(settings.log.level)
         addresses = (arguments.s3 or settings.listen.s3, arguments.s3_tls or settings.listen.s3_tls)
         backlog = settings.limits.backlog
+        # First: from the moment that it listens, clients come to this worker instead of to its siblings.
+        certificate = Certificate(settings.listen) if addresses[1] is not None else None
         http, https = (
             listen(f"listen.{name}", at, backlog) if at is not None else None
             for name, at in zip(("s3", "s3_tls"), addresses, strict=True)
         )
-        certificate = Certificate(settings.listen) if https is not None else None
         uvloop.run(serve(settings, http, https, certificate, status))
     except ConfigError as error:
         status.failed(str(error))

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from kos.node.status import EXIT_CONFIG
+from kosproxy import worker
 from tests.fakes.node import ACCESS_KEY, SECRET_KEY, client
 from tests.fakes.origin import FakeOrigin
 
@@ -130,6 +132,16 @@ def test_a_bad_configuration_ends_it_with_a_word(tmp_path: Path) -> None:
         report = worker.until("failed")
         assert "colour" in report["reason"]
         assert worker.process.wait(timeout=15) == 78
+
+
+def test_without_a_certificate_it_does_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is started again while the files are bad must not draw clients from its siblings, only to reset them."""
+    absent = str(tmp_path / "absent.pem")
+    listen = {"s3": "127.0.0.1:0", "s3_tls": "127.0.0.1:0", "tls_cert_file": absent, "tls_key_file": absent}
+    path = configuration(tmp_path, "http://127.0.0.1:9", listen=listen)
+    listened: list[str] = []
+    monkeypatch.setattr(worker, "listen", lambda option, address, backlog: listened.append(option))
+    assert worker.main(["--config", str(path)]) == EXIT_CONFIG and not listened
 
 
 def test_workers_share_a_port(tmp_path: Path, origin: FakeOrigin) -> None:
