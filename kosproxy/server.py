@@ -107,7 +107,7 @@ class Connection(RequestHandler):
         self._clean = True
         self._head_bytes = 0
         self._head_since = 0.0
-        self._held: list[bytes] = []
+        self._held = bytearray()
         self._relay: Relay | Copier | None = None
         self._discarding = False
         self._discarded_bytes = 0
@@ -251,15 +251,15 @@ class Connection(RequestHandler):
         return self._request_count == 0 if waiter is None else not waiter.done()
 
     def _hold(self, data: bytes) -> None:
-        self._held.append(data)
-        if sum(map(len, self._held)) >= _HELD_BYTES and self.transport is not None:
+        self._held += data
+        if len(self._held) >= _HELD_BYTES and self.transport is not None:
             self.transport.pause_reading()
 
     def _let_go(self) -> None:
         """Work on what was held back, as if it arrived now."""
         if self.in_fast or not self._held:
             return
-        data = b"".join(self._held)
+        data = bytes(self._held)
         self._held.clear()
         if self.transport is not None:
             self.transport.resume_reading()

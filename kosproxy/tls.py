@@ -230,7 +230,8 @@ class Secured(asyncio.Transport, asyncio.BufferedProtocol):
             if self._paused:
                 self._own_bytes += self._outgoing.pending
             self._flush()
-        if (self._barren_bytes > _BARREN_BYTES or self._own_bytes > _OWN_BYTES) and not self._closing:
+        barren = self._reading and self._barren_bytes > _BARREN_BYTES
+        if (barren or self._own_bytes > _OWN_BYTES) and not self._closing:
             self._break_off(ssl.SSLError("changes of keys without end"))
             return
         if ended and not self._closing:

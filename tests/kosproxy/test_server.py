@@ -146,7 +146,7 @@ async def test_pipelining_without_end_is_held_back_by_the_kernel(tmp_path: Path)
         await asyncio.sleep(0.1)
         (connection,) = served.edge.connections
         assert isinstance(connection, Connection)
-        assert sum(map(len, connection._held)) < 1 << 20
+        assert len(connection._held) < 1 << 20
         writer.transport.resume_reading()  # type: ignore[attr-defined]
         assert await read_answer(reader) == BODY
         assert await read_answer(reader) == b""
