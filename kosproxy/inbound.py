@@ -160,11 +160,8 @@ class Inbound:
 
     async def _decoded(self) -> AsyncIterator[bytes]:
         exchange, decoder = self._exchange, self._decoder
-        if self.length or decoder is not None:
-            await exchange.continue_body()
-        else:
-            # Nothing will come, whatever the client waits for.
-            exchange.expects_continue = False
+        # For an empty body too: aws-cli 1 takes an answer without it for that to its next request as well.
+        await exchange.continue_body()
         async for data in self._received():
             if decoder is None:
                 yield data
@@ -222,6 +219,11 @@ class Inbound:
                 # HTTP's own framing is broken: where the next request would begin nobody knows.
                 self._exchange.keep_alive = False
                 raise S3Error("IncompleteBody") from error
+            except ConnectionError as gone:
+                # The reader keeps this one: raised through here, it would keep the frames, and the body in them, until the
+                # collector comes.
+                gone.__traceback__ = None
+                raise ConnectionResetError("the client is gone") from None
             if not data:
                 return
             metrics.BYTE_COUNTS.add(("client",), len(data))
