@@ -127,6 +127,9 @@ class Parts:
             said = unavailable(response)
             return OpenOutcome.UNAVAILABLE, None, None, said.reason, said.retry_after_s
         response.close()
+        if response.status in (404, 412):
+            # Most likely it is another object by now. The origin's answer to this read will say; who comes next asks anew.
+            context.forget(opened.bucket, opened.key, record)
         found = _record(response, record, number, validated_at)
         outcome = OpenOutcome.NOT_STORED if found is None else OpenOutcome.STORED
         return outcome, found, None, "", 0.0

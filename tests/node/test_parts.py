@@ -245,6 +245,19 @@ def test_another_object_has_other_parts(kos: Any, origin: FakeOrigin) -> None:
     assert refusal(lambda: kos.get_object(Bucket="b", Key=key, PartNumber=2)) == (416, "InvalidPartNumber")
 
 
+def test_an_object_that_became_another_is_noticed_by_its_parts(kos: Any, origin: FakeOrigin) -> None:
+    put(origin, "became")
+    assert kos.get_object(Bucket="b", Key="became", PartNumber=1)["Body"].read() == piece(1)
+    eventually(lambda: phase(kos.get_object(Bucket="b", Key="became", PartNumber=1)) == "hit", "trusted for ever")
+    turned, etag = BODY[::-1], f'"{"cd" * 16}-2"'
+    origin.put("b", "became", turned, etag=etag, parts=(10, len(BODY) - 10))
+    answer = kos.get_object(Bucket="b", Key="became", PartNumber=2)
+    assert (answer["Body"].read(), answer["ETag"], answer["PartsCount"]) == (turned[10:], etag, 2)
+    for number, body in ((1, turned[:10]), (2, turned[10:])):
+        answer = kos.get_object(Bucket="b", Key="became", PartNumber=number)
+        assert (answer["Body"].read(), answer["ETag"]) == (body, etag), "no part of the old one any more"
+
+
 def test_parts_of_a_version(kos: Any, origin: FakeOrigin) -> None:
     origin.create_bucket("versions", versioned=True)
     old = origin.put("versions", "k", BODY, etag=ETAG, parts=SIZES)
