@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Final, Protocol
 
-from kosproxy.relay import WINDOW_BYTES, Done, RelayFailed, Sender, Slice
+from kosproxy.relay import WINDOW_BYTES, Done, RelayFailed, Sender, Slice, failure_of
 
 #: Read, encrypted and sent at once. Of 16 to 256 KiB the cheapest: what is read is still in the core's own cache when
 #: it is encrypted, and again when the kernel copies it.
@@ -186,20 +186,16 @@ class Copier(Sender):
 
     def _thread_ended(self, thread: asyncio.Future[bytes]) -> None:
         self._thread = None
-        failure = self._failure
+        failure = failure_of(thread, self._failure)
+        if failure is None and not thread.result():
+            failure = RelayFailed("the segment file ended early")
         if failure is None:
-            if thread.cancelled():
-                failure = RelayFailed("the worker is shutting down")
-            elif (error := thread.exception()) is not None:
-                failure = RelayFailed(str(error))
-            elif not (data := thread.result()):
-                failure = RelayFailed("the segment file ended early")
-            else:
-                self._position += len(data)
-                try:
-                    self._write(data)
-                except OSError as gone:
-                    failure = RelayFailed(str(gone))
+            data = thread.result()
+            self._position += len(data)
+            try:
+                self._write(data)
+            except OSError as gone:
+                failure = RelayFailed(str(gone))
         if failure is not None:
             self._finish(failure)
         else:

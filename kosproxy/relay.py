@@ -59,6 +59,17 @@ def resident(fd: int, offset: int) -> bool:
     return True
 
 
+def failure_of(thread: asyncio.Future[Any], aborted: BaseException | None) -> BaseException | None:
+    """Why a response ends with this thread of it; None: it goes on. aborted: why it was to end before.
+
+    What the thread raised is looked at in any case: else asyncio takes an aborted client's reset for an oversight.
+    """
+    if thread.cancelled():
+        return aborted or RelayFailed("the worker is shutting down")
+    error = thread.exception()
+    return aborted or (None if error is None else RelayFailed(str(error)))
+
+
 class Sender(abc.ABC):
     """What Relay and kosproxy.copying.Copier have in common."""
 
@@ -250,17 +261,12 @@ class Relay(Sender):
 
     def _thread_ended(self, thread: asyncio.Future[int]) -> None:
         self._thread = None
-        failure = self._failure
-        if failure is None:
-            if thread.cancelled():
-                failure = RelayFailed("the worker is shutting down")
-            elif (error := thread.exception()) is not None:
-                failure = RelayFailed(str(error))
-            elif (taken := thread.result()) != _FULL:
-                try:
-                    self._took(taken)
-                except OSError as torn:
-                    failure = RelayFailed(str(torn))
+        failure = failure_of(thread, self._failure)
+        if failure is None and (taken := thread.result()) != _FULL:
+            try:
+                self._took(taken)
+            except OSError as torn:
+                failure = RelayFailed(str(torn))
         if failure is not None:
             self._finish(failure)
         elif thread.result() == _FULL:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 from kosproxy import relay as relay_module
 from kosproxy.relay import Relay, RelayFailed, resident
+from tests.conditions import until
 
 
 class Piece(NamedTuple):
@@ -98,8 +101,6 @@ async def test_a_cancelled_send_lets_go_of_the_file_before_it_ends(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import threading
-
     fd = file_of(tmp_path / "f", b"x" * 1000)
     inside, go = threading.Event(), threading.Event()
 
@@ -122,6 +123,37 @@ async def test_a_cancelled_send_lets_go_of_the_file_before_it_ends(
     with pytest.raises(asyncio.CancelledError):
         await sending
     assert not relay.busy
+    os.close(fd)
+
+
+async def test_a_client_that_goes_away_while_a_thread_sends_is_no_news(
+    pair: tuple[socket.socket, socket.socket],
+    threads: ThreadPoolExecutor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fd = file_of(tmp_path / "f", b"x" * 1000)
+    inside, go = threading.Event(), threading.Event()
+
+    def hanging(out_fd: int, fd: int, offset: int, count: int) -> int:
+        inside.set()
+        go.wait()
+        raise BrokenPipeError
+
+    monkeypatch.setattr(relay_module, "resident", lambda fd, offset: False)
+    monkeypatch.setattr(relay_module, "_send_waiting_for_disk", hanging)
+    loop = asyncio.get_running_loop()
+    told: list[Any] = []
+    loop.set_exception_handler(lambda loop, context: told.append(context))
+    relay, outcomes = Relay(loop, pair[0], threads), list[Any]()
+    relay.start(b"", [Piece(fd, 0, 1000)], outcomes.append)
+    await asyncio.to_thread(inside.wait)
+    relay.close()
+    assert not outcomes, "the thread still reads"
+    go.set()
+    await until(lambda: outcomes)
+    gc.collect()
+    assert isinstance(outcomes[0], RelayFailed) and not told
     os.close(fd)
 
 
