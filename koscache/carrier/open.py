@@ -331,7 +331,7 @@ class Opener:
             )
         return await ask_origin(
             self._context, flight.bucket, flight.key, flight.fence, flight.known, first, alone=flight.alone,
-            document=not flight.want.head_only,
+            document=not flight.want.without_document,
         )  # fmt: skip
 
     def _tell(self, flight: _Flight, lease: int, answer: Answer) -> asyncio.Future[bool]:
@@ -405,7 +405,7 @@ def _covers(ticket: Ticket, record: Record, want: Want) -> bool:
 def _relayed(refusal: Refusal, key: str, want: Want) -> Exception:
     """The origin's refusal for this reader. One that came without a document (to the HEAD of another reader) gets ours,
     for a GET, with the headers that say more: that it is a delete marker, and which."""
-    if not refusal.body and not want.head_only:
+    if not refusal.body and not want.without_document:
         name, version_id = split_name(key)
         missing = "NoSuchKey" if version_id is None else "NoSuchVersion"
         code = {403: "AccessDenied", 404: missing, 405: "MethodNotAllowed"}.get(refusal.status)

@@ -100,12 +100,18 @@ Piece = FilePiece | BytesPiece
 class Want:
     """What a client asks for. range: its Range header, parsed. checksum_mode: the answer may have to carry the object's
     checksums: the client sent x-amz-checksum-mode: ENABLED, and not surely for a range. conditional: it sent If-Match,
-    If-None-Match, If-Modified-Since, If-Unmodified-Since or If-Range."""
+    If-None-Match, If-Modified-Since, If-Unmodified-Since or If-Range. head_only: no body is wanted. document: it was a GET
+    all the same, and a refusal is to have its document."""
 
     head_only: bool = False
     range: RangeSpec | None = None
     checksum_mode: bool = False
     conditional: bool = False
+    document: bool = False
+
+    @property
+    def without_document(self) -> bool:
+        return self.head_only and not self.document
 
 
 @dataclass(slots=True, eq=False)

@@ -79,12 +79,13 @@ def _want(exchange: Exchange, operation: Operation, number: int) -> Want:
     try:
         part = None if record is None else carrier.known_part(operation.bucket, record, number)
     except S3Error:
-        return Want(
-            head_only=True, conditional=want.conditional
-        )  # of what is known now; opening tells whether it still is
+        # Of what is known now; opening tells whether it still is.
+        return Want(head_only=True, conditional=want.conditional, document=not want.head_only)
     if part is None or part.parts_count is None:
         unknown = want.head_only or number > 1
-        return Want(unknown, None, want.checksum_mode and not unknown, want.conditional)
+        # Those of an object of one piece are its part's; others' come with the bounds.
+        checksum_mode = want.checksum_mode and (part is not None or not unknown)
+        return Want(unknown, None, checksum_mode, want.conditional, not want.head_only)
     return Want(want.head_only, RangeSpec(part.start, part.stop - 1), False, want.conditional)
 
 

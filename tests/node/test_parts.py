@@ -156,6 +156,20 @@ def test_an_object_of_one_piece_is_its_own_first_part(kos: Any, origin: FakeOrig
     assert refusal(lambda: kos.head_object(Bucket="b", Key=key, PartNumber=2))[0] == 416
 
 
+@pytest.mark.parametrize("method", ["get_object", "head_object"])
+def test_checksums_of_an_object_of_one_piece_of_which_a_range_was_read(
+    shared_node: Node, origin: FakeOrigin, method: str
+) -> None:
+    body = random.Random(3).randbytes(3 * MIB)
+    sums = {"x-amz-checksum-crc32": crc32(body), "x-amz-checksum-type": "FULL_OBJECT"}
+    key = f"piece/{method}"
+    origin.put("b", key, body, checksums=sums)
+    kos = client(shared_node.s3_url, response_checksum_validation="when_required")
+    kos.get_object(Bucket="b", Key=key, Range="bytes=0-9")["Body"].read()
+    answer = getattr(kos, method)(Bucket="b", Key=key, PartNumber=1, ChecksumMode="ENABLED")
+    assert (status(answer), answer.get("ChecksumCRC32")) == (206, crc32(body))
+
+
 def test_an_empty_object_is_answered_whole(kos: Any, origin: FakeOrigin) -> None:
     origin.put("b", "empty", b"")
     for _ in ("cold", "hot"):
@@ -173,7 +187,13 @@ def test_a_part_that_is_not_there(kos: Any, origin: FakeOrigin) -> None:
     for _ in ("cold", "hot"):
         assert refusal(lambda: kos.get_object(Bucket="b", Key="five", PartNumber=5)) == (416, "InvalidPartNumber")
         assert refusal(lambda: kos.head_object(Bucket="b", Key="five", PartNumber=5))[0] == 416
-    assert refusal(lambda: kos.get_object(Bucket="b", Key="five/absent", PartNumber=1)) == (404, "NoSuchKey")
+    for number in (1, 2):
+        ask = {"Bucket": "b", "Key": "five/absent", "PartNumber": number}
+        assert refusal(lambda ask=ask: kos.get_object(**ask)) == (404, "NoSuchKey")  # type: ignore[misc]
+        assert refusal(lambda ask=ask: kos.head_object(**ask)) == (404, "404")  # type: ignore[misc]
+    origin.remove("b", "five")
+    kos.delete_object(Bucket="b", Key="five")
+    assert refusal(lambda: kos.get_object(Bucket="b", Key="five", PartNumber=2)) == (404, "NoSuchKey")
 
 
 @pytest.mark.parametrize("number", ["0", "10001", "-1", "1.0", "one", "", " 1", "99999999999999999999"])
