@@ -2,7 +2,7 @@
 # Stamps in the environment remember what is installed, so that a second run begins at once.
 #
 #   make demo            two minutes of kos with a real client; stays up until ^C       (CHECK=1: ends, exit status tells)
-#   make test            the tests                                                      (ARGS='-k name', SLOW=1: the slow ones too)
+#   make test            the tests                          (ARGS='-k name', SLOW=1: the slow ones too, JOBS=2: in two processes)
 #   make check           ruff, format, mypy --strict
 #   make fuzz            the parsers, guided by coverage, NAME for one                  (SECONDS=60 each)
 #   make bench           every figure, then the plots                                   (NAME=hot_get for one)
@@ -13,6 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 NAME ?= all
 ARGS ?=
+JOBS ?= 1
 SECONDS ?= 60
 
 SHELL := /bin/bash
@@ -32,8 +33,9 @@ venv: $(STAMP)-test $(STAMP)-check $(STAMP)-bench
 demo: $(STAMP)-demo
 	$(BIN)/kos demo $(if $(CHECK),--check)
 
+# The tests of one file stay in one process, so that they share what is started for them.
 test: $(STAMP)-test
-	$(BIN)/python -m pytest -q $(if $(SLOW),-m 'slow or not slow') $(ARGS)
+	$(BIN)/python -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(if $(SLOW),-m 'slow or not slow') $(ARGS)
 
 check: $(STAMP)-check $(STAMP)-test
 	$(BIN)/ruff check .

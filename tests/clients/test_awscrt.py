@@ -168,10 +168,12 @@ def path_of(bucket: str, key: str) -> str:
     return f"/{bucket}/{quote(key)}"
 
 
+#: In the header one algorithm stands for all: there they differ in nothing but their name.
 CHECKSUMS = [
     None,
+    S3ChecksumConfig(algorithm=S3ChecksumAlgorithm.CRC32C, location=S3ChecksumLocation.HEADER),
     *(
-        S3ChecksumConfig(algorithm=algorithm, location=location)
+        S3ChecksumConfig(algorithm=algorithm, location=S3ChecksumLocation.TRAILER)
         for algorithm in (
             S3ChecksumAlgorithm.CRC32,
             S3ChecksumAlgorithm.CRC32C,
@@ -179,7 +181,6 @@ CHECKSUMS = [
             S3ChecksumAlgorithm.SHA1,
             S3ChecksumAlgorithm.SHA256,
         )
-        for location in S3ChecksumLocation
     ),
 ]
 
