@@ -339,8 +339,11 @@ class OriginLane:
                 response, has_body=has_body, read_timeout_s=self._origin.read_timeout_s, on_broken=self._body_broke
             )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            # aiohttp keeps it with the connection, and with its frames the body and all who wait for it, until the collector
+            # comes. What it says is told by now.
+            error.__traceback__ = error.__context__ = error.__cause__ = None
             if pending.upload is not None and pending.upload.error is not None:
-                raise pending.upload.error from None
+                raise pending.upload.take_error() from None
             failed = _classify(error)
             self._observer.failed(failed.failure.value)
             self._say(failed)
@@ -439,9 +442,11 @@ class OriginLane:
     ) -> aiohttp.ClientResponse:
         patience = Patience(left_s=left_s, stall_s=self._origin.read_timeout_s, answer_s=pending.answer_timeout_s)
         pending.upload = upload = Upload(pieces, pending.content_length, patience.watch)
-        async with patience.timeout():
-            response = await self._send_once(pending, upload, headers)
-        patience.end()
+        try:
+            async with patience.timeout():
+                response = await self._send_once(pending, upload, headers)
+        finally:
+            patience.end()  # it knows the task
         if not upload.finished:
             # Refused before the body was sent: no more of it is wanted, and this connection has no further use.
             upload.stop()

@@ -42,6 +42,15 @@ class Upload:
         self.finished = False
         self.error: BaseException | None = None
 
+    def take_error(self) -> BaseException:
+        """The error, to be raised. It is not kept: its frames hold this object, and would with it wait for the collector."""
+        error, self.error = self.error, None
+        assert error is not None
+        try:
+            return error
+        finally:
+            del error
+
     def stop(self) -> None:
         """The origin answered already: give out nothing more."""
         self._stopped = True

@@ -92,7 +92,10 @@ class Waiting:
                 await asyncio.wait((task,))
         outcome = task.result()
         if isinstance(outcome, KosError):
-            raise outcome
+            try:
+                raise outcome
+            finally:
+                del outcome, task  # it holds this frame, which would with all it holds wait for the collector
         return outcome
 
     async def _blank(self) -> None:
@@ -137,7 +140,10 @@ class Waiting:
         if self._gone is not None:
             raise self._gone
         if not self._exchange.begun:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure
         await self._tell_error(as_s3_error(failure))
 
     async def _tell_error(self, shown: S3Error) -> None:
