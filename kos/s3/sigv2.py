@@ -7,7 +7,8 @@ version 2 is not spoken: every client that signs its own requests knows version 
 Invariant: what decides over the request is signed. Version 2 covers the method, the path, the x-amz-* headers,
 Content-Type, Content-MD5 and the query parameters in _SIGNED; a request with any other parameter that might name an
 operation is refused, since whoever holds a link could have added it. Not covered, as in S3 itself: Range and
-conditions, and the parameters that steer a listing.
+conditions, and the parameters that steer a listing. Also as in S3: values are signed decoded, so that an "&" in one reads
+like the next parameter. Who signs names that others have chosen (of a download, say) needs version 4.
 
 Clients move x-amz-*, Content-Type and Content-MD5 into the query. There they count like the headers, which come first
 where both are given; so a link works whether its user sends the headers again or not.
