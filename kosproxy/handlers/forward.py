@@ -46,12 +46,16 @@ async def forward(exchange: Exchange, operation: Operation, identity: Identity) 
             await exchange.finish()
 
 
-async def question_of(exchange: Exchange, operation: Operation, identity: Identity, inbound: Inbound) -> Outbound:
-    """The request that the origin is asked. Raises what outbound() raises, and OriginUnavailable before a client is asked
-    for a body that cannot be handed on now."""
-    settings = exchange.parts.config
-    if exchange.expects_continue or inbound.length > settings.limits.relay_buffer_bytes:
+def check_origin(exchange: Exchange, inbound: Inbound) -> None:
+    """Raises OriginUnavailable before a client is asked for a body that cannot be handed on now."""
+    if exchange.expects_continue or inbound.length > exchange.parts.config.limits.relay_buffer_bytes:
         exchange.parts.origin.check()
+
+
+async def question_of(exchange: Exchange, operation: Operation, identity: Identity, inbound: Inbound) -> Outbound:
+    """The request that the origin is asked. Raises what outbound() and check_origin() raise."""
+    settings = exchange.parts.config
+    check_origin(exchange, inbound)
     return await outbound(
         exchange.head,
         operation,

@@ -21,7 +21,7 @@ from kos.s3 import completion, xml
 from kos.s3.operation import Op, Operation
 from kos.s3.sigv4 import Identity
 from kosproxy.exchange import Exchange
-from kosproxy.handlers.forward import ask, question_of, relay_head
+from kosproxy.handlers.forward import ask, check_origin, question_of, relay_head
 from kosproxy.handlers.waiting import GAVE_UP, WAITED_FOR, Answer, Waiting
 from kosproxy.inbound import Inbound
 from kosproxy.outbound import Outbound, whole
@@ -145,6 +145,7 @@ async def _prepare(
 ) -> tuple[list[str], list[str], Outbound]:
     """The keys that the write changes, those of which it may change versions, and the request that carries it out."""
     if operation.op is Op.DeleteObjects:
+        check_origin(exchange, inbound)
         body = await inbound.read(xml.DELETE_REQUEST_MAX_BYTES)
         request = xml.parse_delete_request(body)
         versions = [item.key for item in request.items if item.version_id is not None]

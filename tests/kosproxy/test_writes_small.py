@@ -351,12 +351,21 @@ def test_many_writers_at_once_are_each_answered(setup: Setup) -> None:
         assert found is not None and found.body == b"%09d" % number
 
 
-@pytest.mark.parametrize("size", [10, 5_000_000])
-def test_no_body_is_asked_for_while_the_origin_is_known_to_be_away(setup: Setup, size: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "query", "size"),
+    [
+        ("PUT", "/bucket/k", (), 10),
+        ("PUT", "/bucket/k", (), 5_000_000),
+        ("POST", "/bucket", (("delete", ""),), 5_000_000),
+    ],
+)
+def test_no_body_is_asked_for_while_the_origin_is_known_to_be_away(
+    setup: Setup, method: str, path: str, query: tuple[tuple[str, str], ...], size: int
+) -> None:
     setup.origin.call(setup.origin.down())
     for _ in range(3):
         assert ask(setup, signed("PUT", "/bucket/k", length=1), b"x").status == 503
-    client = Client(setup).send(signed("PUT", "/bucket/k", headers={"expect": "100-continue"}, length=size))
+    client = Client(setup).send(signed(method, path, query, {"expect": "100-continue"}, UNSIGNED, size))
     answer = client.answer()
     assert (answer.status, answer.code) == (503, "ServiceUnavailable") and int(answer.headers["retry-after"]) >= 1
     client.abort()
