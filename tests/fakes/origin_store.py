@@ -249,7 +249,8 @@ class OriginStore:
                 headers[name[len("response-") :]] = value
         status = _condition(request.headers, version)
         if status == 304:
-            return Answer(304, {k: v for k, v in headers.items() if k in ("etag", "last-modified", "cache-control")})
+            kept = ("etag", "last-modified", "cache-control", "x-amz-version-id")
+            return Answer(304, {name: headers[name] for name in kept if name in headers})
         size = len(version.body)
         start, stop, partial = _slice(request, version) if number is None else _part_slice(number, version)
         with_checksums = request.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED"
