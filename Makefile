@@ -2,7 +2,7 @@
 # Stamps in the environment remember what is installed, so that a second run begins at once.
 #
 #   make demo            two minutes of kos with a real client; stays up until ^C       (CHECK=1: ends, exit status tells)
-#   make test            the tests                          (ARGS='-k name', SLOW=1: the slow ones too, JOBS=2: in two processes)
+#   make test            the tests                          (ARGS='-k name', SLOW=1: the slow ones too, JOBS=1: in one process, not two)
 #   make check           ruff, format, mypy --strict
 #   make fuzz            the parsers, guided by coverage, NAME for one                  (SECONDS=60 each)
 #   make bench           every figure, then the plots                                   (NAME=hot_get for one)
@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 NAME ?= all
 ARGS ?=
-JOBS ?= 1
+JOBS ?= 2
 SECONDS ?= 60
 
 SHELL := /bin/bash
