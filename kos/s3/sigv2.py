@@ -26,7 +26,6 @@ now than that page has it, and is that of the AWS SDKs.
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 import re
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from kos.errors import S3Error
 from kos.s3 import names
 from kos.s3 import sigv4_claim as claims
 from kos.s3.head import RequestHead
+from kos.s3.prepared_hmac import PreparedHmac
 from kos.s3.sigv4 import Identity, Payload, payload_of
 
 #: The parameters that are part of the string to sign.
@@ -61,8 +61,6 @@ _LISTING: Final = frozenset(
 _MOVED: Final = frozenset({"content-md5", "content-type"})
 
 _EXPIRES: Final = re.compile(r"[0-9]{1,12}", re.ASCII)
-#: SHA-1's block, to which HMAC pads its key.
-_BLOCK_BYTES: Final = 64
 _KEY_CACHE_COUNT: Final = 1024
 
 
@@ -207,26 +205,16 @@ def _check_signature(claimed: Claimed, secrets: Mapping[str, str], now: float) -
     )
 
 
-class _SigningKey:
-    """A secret with HMAC's two padded blocks already hashed, as in kos.s3.sigv4."""
+class _SigningKey(PreparedHmac):
+    """A secret, ready to sign."""
 
-    __slots__ = ("_inner", "_outer")
-
-    def __init__(self, secret: bytes) -> None:
-        key = hashlib.sha1(secret).digest() if len(secret) > _BLOCK_BYTES else secret
-        block = key.ljust(_BLOCK_BYTES, b"\0")
-        self._inner = hashlib.sha1(bytes(byte ^ 0x36 for byte in block))
-        self._outer = hashlib.sha1(bytes(byte ^ 0x5C for byte in block))
+    __slots__ = ()
 
     def sign(self, text: bytes) -> str:
         """The signature in Base64."""
-        inner = self._inner.copy()
-        inner.update(text)
-        outer = self._outer.copy()
-        outer.update(inner.digest())
-        return base64.b64encode(outer.digest()).decode("ascii")
+        return base64.b64encode(self.digest(text)).decode("ascii")
 
 
 @lru_cache(maxsize=_KEY_CACHE_COUNT)
 def _signing_key(secret: str) -> _SigningKey:
-    return _SigningKey(secret.encode())
+    return _SigningKey(secret.encode(), "sha1")

@@ -28,6 +28,7 @@ from kos.errors import S3Error
 from kos.s3 import names
 from kos.s3 import sigv4_claim as claims
 from kos.s3.head import RequestHead
+from kos.s3.prepared_hmac import PreparedHmac
 from kos.s3.sigv4_claim import ALGORITHM, AUTH_PARAMETERS, EXPIRES_MAX_S, Claim, PresignClaim, canonical_query
 
 __all__ = [
@@ -83,23 +84,18 @@ class Identity(NamedTuple):
         return f"Identity({self.access_key}, {self.payload.name}, {self.scope}, presigned={self.presigned})"
 
 
-class _SigningKey:
-    """A derived key with HMAC's two padded blocks already hashed: signing then costs half of hmac.digest."""
+class _SigningKey(PreparedHmac):
+    """A derived key, ready to sign."""
 
-    __slots__ = ("_inner", "_outer", "key")
+    __slots__ = ("key",)
 
     def __init__(self, key: bytes) -> None:
+        super().__init__(key, "sha256")
         self.key = key
-        block = key.ljust(64, b"\0")
-        self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in block))
-        self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in block))
 
     def sign(self, text: bytes) -> str:
-        inner = self._inner.copy()
-        inner.update(text)
-        outer = self._outer.copy()
-        outer.update(inner.digest())
-        return outer.hexdigest()
+        """The signature in hex."""
+        return self.digest(text).hex()
 
 
 class Claimed(NamedTuple):
