@@ -9,9 +9,7 @@ Invariant: a context from `load` holds a certificate and the key that fits it.
 
 from __future__ import annotations
 
-import calendar
 import ssl
-import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,10 +25,8 @@ _FILE_BYTES_MAX: Final = 1 << 20
 
 #: What OpenSSL says to another certificate's key: one of the same kind, one of another kind.
 _ANOTHER_KEY: Final = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+_BEGIN: Final = "-----BEGIN CERTIFICATE-----"
 _END: Final = "-----END CERTIFICATE-----"
-_SEQUENCE: Final = 0x30
-_UTC_TIME: Final = 0x17
-_GENERALIZED_TIME: Final = 0x18
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,43 +97,15 @@ def _read(option: str, path: str) -> str:
 
 def _not_after(pem: str) -> float:
     """The end of the first certificate's validity, seconds since the epoch. ValueError: that is no certificate."""
-    _, begin, rest = pem.partition("-----BEGIN CERTIFICATE-----")
+    _, begin, rest = pem.partition(_BEGIN)
     body, end, _ = rest.partition(_END)
     if not begin or not end:
         raise ValueError("no whole certificate")
+    # Here and not above: its 9 MiB are for who speaks https.
+    from cryptography import x509
+
     try:
-        der = ssl.PEM_cert_to_DER_cert(begin + body + end)
-        # RFC 5280 section 4.1: Certificate { tbsCertificate { [0] version, serialNumber, signature, issuer, validity …
-        fields, _ = _element(_element(der, _SEQUENCE)[0], _SEQUENCE)
-        if fields[0] == 0xA0:
-            _, fields = _element(fields)
-        for _ in range(3):
-            _, fields = _element(fields)
-        validity, _ = _element(fields, _SEQUENCE)
-        _, until = _element(validity)
-        return _time(until[0], _element(until)[0])
-    except (ValueError, IndexError) as error:
+        certificate = x509.load_pem_x509_certificate((begin + body + end).encode("latin-1"))
+        return certificate.not_valid_after_utc.timestamp()
+    except (ValueError, x509.InvalidVersion) as error:
         raise ValueError("no certificate that can be read") from error
-
-
-def _element(der: bytes, tag: int | None = None) -> tuple[bytes, bytes]:
-    """(content of the first element, what follows it), by X.690 section 8.1."""
-    if tag is not None and der[0] != tag:
-        raise ValueError("another element")
-    length, start = der[1], 2
-    if length >= 0x80:
-        start += length - 0x80
-        length = int.from_bytes(der[2:start], "big")
-    if start + length > len(der):
-        raise ValueError("an element that ends early")
-    return der[start : start + length], der[start + length :]
-
-
-def _time(tag: int, text: bytes) -> float:
-    """Seconds since the epoch, by RFC 5280 section 4.1.2.5: two digits of a year from 1950 to 2049, or four."""
-    digits = text.decode("ascii")
-    if tag == _UTC_TIME:
-        digits = ("19" if digits >= "50" else "20") + digits
-    elif tag != _GENERALIZED_TIME:
-        raise ValueError("not a time")
-    return float(calendar.timegm(time.strptime(digits, "%Y%m%d%H%M%SZ")))

@@ -39,11 +39,7 @@ async def forward(exchange: Exchange, operation: Operation, identity: Identity) 
             await _wait_for(exchange, operation, request)
             return
         async with await ask(exchange, operation, request) as response:
-            relay_head(exchange, response)
-            if exchange.has_body(response.status):
-                async for data in response.pieces():
-                    await exchange.write(data)
-            await exchange.finish()
+            await relay(exchange, response)
 
 
 def check_origin(exchange: Exchange, inbound: Inbound) -> None:
@@ -110,6 +106,15 @@ def tell_refused(exchange: Exchange) -> None:
         "the origin refused kos",
         extra={"request_id": exchange.request_id, "operation": operation.op.name, "bucket": operation.bucket},
     )
+
+
+async def relay(exchange: Exchange, response: OriginResponse) -> None:
+    """The origin's whole answer, as it comes. Raises ConnectionError, OriginBroken."""
+    relay_head(exchange, response)
+    if exchange.has_body(response.status):
+        async for data in response.pieces():
+            await exchange.write(data)
+    await exchange.finish()
 
 
 def relay_head(exchange: Exchange, response: OriginResponse) -> None:

@@ -21,7 +21,7 @@ from kos.errors import S3Error
 from kos.s3.head import RequestHead
 from kos.s3.operation import Op, Operation
 from kosproxy.exchange import Exchange
-from kosproxy.handlers.forward import relay_head
+from kosproxy.handlers.forward import relay
 
 _QUESTION: Final = ("origin", "access-control-request-method", "access-control-request-headers")
 _NEEDED: Final = frozenset({"origin", "access-control-request-method"})
@@ -71,8 +71,4 @@ async def _pass_on(exchange: Exchange, operation: Operation) -> None:
         retry=False,
         operation=operation.op.name,
     ) as response:
-        relay_head(exchange, response)
-        if exchange.has_body(response.status):
-            async for data in response.pieces():
-                await exchange.write(data)
-        await exchange.finish()
+        await relay(exchange, response)

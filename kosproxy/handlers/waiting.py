@@ -25,9 +25,8 @@ from aiohttp.http import HttpVersion11
 from kos.errors import KosError, OriginError, S3Error
 from kos.origin.response import OriginResponse
 from kos.s3 import xml
-from kos.s3.operation import Op, Operation
+from kos.s3.operation import Op
 from kosproxy.exchange import Exchange, Header
-from kosproxy.outbound import Outbound
 from kosproxy.render import as_s3_error, common, passed_on
 
 #: Operations whose 200 may turn out to be an error.
@@ -56,11 +55,8 @@ class Answer:
         return self.status in GAVE_UP or (self.status == 200 and _is_error(self.body))
 
 
-Ask = Callable[[Exchange, Operation, Outbound], Awaitable[OriginResponse]]
-
-
 class Waiting:
-    """One such request, whose client is told to wait. headers: of an answer that the origin has begun."""
+    """One such request, whose client is told to wait."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
