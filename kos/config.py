@@ -33,6 +33,7 @@ from kos.config_values import (
     FRESHNESS_OR_AUTO,
     GIB,
     GLOB,
+    HOST,
     IMMUTABLE,
     KIB,
     LOG_TARGET,
@@ -42,9 +43,11 @@ from kos.config_values import (
     TEXT,
     TIB,
     Key,
+    Outside,
     Secret,
     choice,
     count,
+    count_or_auto,
     duration,
     show_freshness,
     show_size,
@@ -57,12 +60,14 @@ __all__ = [
     "ALWAYS",
     "IMMUTABLE",
     "Cache",
+    "Cluster",
     "Config",
     "Control",
     "Credential",
     "Limits",
     "Listen",
     "Log",
+    "Member",
     "Origin",
     "Rule",
     "Supervisor",
@@ -86,6 +91,7 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
     tls_min_version: Annotated[Literal["1.2", "1.3"], Key(choice("1.2", "1.3"))] = "1.2"
     admin: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9001"
     peer: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9002"
+    cluster: Annotated[str, Key(ADDRESS)] = "127.0.0.1:9003"
     domain: Annotated[str | None, Key(DOMAIN)] = None
     sigv2_query: Annotated[bool, Key(BOOLEAN)] = True
 
@@ -165,13 +171,15 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """How long a record of a matching object may be trusted: freshness in seconds, IMMUTABLE or ALWAYS.
 
     stale_if_error_s: how long after that it may still be served while the origin is down. listings: the same as freshness,
-    for listings that may show a matching object; worked out if AUTO.
+    for listings that may show a matching object; worked out if AUTO. local_copy: when blocks that another node of the
+    cluster keeps are kept here as well.
     """
 
     match: Annotated[str, Key(GLOB)]
     freshness: Annotated[float, Key(FRESHNESS)] = 30.0
     stale_if_error_s: Annotated[float, Key(duration(0, 365 * 86400), "stale_if_error")] = 3600.0
     listings: Annotated[float, Key(FRESHNESS_OR_AUTO)] = AUTO
+    local_copy: Annotated[Literal["never", "hot", "always"], Key(choice("never", "hot", "always"))] = "hot"
 
     def __post_init__(self) -> None:
         if self.listings == AUTO:
@@ -185,9 +193,56 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the durable state of the region lives."""
+    """Where the durable state of the region lives, and how patiently it is asked."""
 
     url: Annotated[str, Key(CONTROL_URL)] = "sqlite:////var/lib/kos/control.db"
+    password: Annotated[str | None, Secret("password")] = None
+    timeout_s: Annotated[float, Key(duration(0.1, 60), "timeout")] = 3.0
+
+    def __repr__(self) -> str:
+        return f"Control(url={self.url!r})"
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """This node among others. membership off: it is alone, and nothing below counts.
+
+    name: None stands for the host's name. advertise: the host at which others reach listen.peer and listen.cluster; None:
+    the one that is listened on. weight: this node's share of keys is weight over all weights; 0: GiB of cache.size.
+    Connections are per worker and peer. hedges: of a hundred requests to peers so many may be doubled.
+    """
+
+    membership: Annotated[Literal["off", "static", "control"], Key(choice("off", "static", "control"))] = "off"
+    name: Annotated[str | None, Outside("name", NAME)] = None
+    advertise: Annotated[str | None, Outside("advertise", HOST)] = None
+    weight: Annotated[int, Key(count_or_auto(1, 1000000))] = 0
+    secret: Annotated[str | None, Secret("secret")] = None
+    lease_s: Annotated[float, Key(duration(0.2, 60), "lease")] = 2.0
+    member_lease_s: Annotated[float, Key(duration(1, 600), "member_lease")] = 15.0
+    heartbeat_s: Annotated[float, Key(duration(0.1, 60), "heartbeat")] = 3.0
+    write_wait_s: Annotated[float, Key(duration(0.1, 600), "write_wait")] = 20.0
+    connections: Annotated[int, Key(count(1, 1024))] = 32
+    connect_timeout_s: Annotated[float, Key(duration(0.01, 60), "connect_timeout")] = 1.0
+    read_timeout_s: Annotated[float, Key(duration(0.05, 600), "read_timeout")] = 10.0
+    hedge_least_s: Annotated[float, Key(duration(0.001, 60), "hedge_least")] = 0.02
+    hedge_most_s: Annotated[float, Key(duration(0.001, 60), "hedge_most")] = 1.0
+    hedges: Annotated[int, Key(count(0, 100))] = 5
+    drain_s: Annotated[float, Key(duration(0, 86400), "drain")] = 600.0
+
+    @property
+    def enabled(self) -> bool:
+        return self.membership != "off"
+
+    def __repr__(self) -> str:
+        return f"Cluster(membership={self.membership!r}, name={self.name!r})"
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """One node of a static cluster, as all of them write it down. weight as in Cluster, equal for all by default."""
+
+    name: Annotated[str, Key(NAME)]
+    peer: Annotated[str, Key(ADDRESS)]
+    cluster: Annotated[str, Key(ADDRESS)]
+    weight: Annotated[int, Key(count(1, 1000000))] = 100
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,6 +298,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     workers: Annotated[int, Key(count(1, 256))] = 2
     rules: tuple[Rule, ...] = ()
     control: Control = Control()
+    cluster: Cluster = Cluster()
+    members: tuple[Member, ...] = ()
     limits: Limits = Limits()
     supervisor: Supervisor = Supervisor()
     log: Log = Log()
@@ -262,6 +319,7 @@ def check(config: Config) -> Iterator[Complaint]:
     yield from _check_cache(config.cache)
     yield from _check_origin(config.origin)
     yield from _check_listen(config.listen)
+    yield from _check_cluster(config)
     if not config.credentials:
         yield Complaint(("credentials",), "an empty list", "at least one {access_key, secret_key}")
     seen: set[str] = set()
@@ -327,7 +385,13 @@ def _check_listen(listen: Listen) -> Iterator[Complaint]:
         elif listen.s3_tls is None and file is not None:
             yield Complaint(("listen", name), "no s3_tls", "only beside s3_tls, the address for https")
     taken: dict[tuple[str, int], str] = {}
-    all_addresses = (("s3", listen.s3), ("s3_tls", listen.s3_tls), ("admin", listen.admin), ("peer", listen.peer))
+    all_addresses = (
+        ("s3", listen.s3),
+        ("s3_tls", listen.s3_tls),
+        ("admin", listen.admin),
+        ("peer", listen.peer),
+        ("cluster", listen.cluster),
+    )
     for name, address in all_addresses:
         if address is None:
             continue
@@ -336,6 +400,38 @@ def _check_listen(listen: Listen) -> Iterator[Complaint]:
         if port and clash:
             yield Complaint(("listen", name), f"{address} as in listen.{clash}", "an address of its own")
         taken[host, port] = name
+
+
+#: Below it a secret can be guessed from one captured signature.
+_SECRET_LEAST: Final = 16
+
+
+def _check_cluster(config: Config) -> Iterator[Complaint]:
+    cluster, members = config.cluster, config.members
+    if members and cluster.membership != "static":
+        yield Complaint(("members",), f"a list, and cluster.membership {cluster.membership}", "a list only beside static")
+    if not cluster.enabled:
+        return
+    if cluster.secret is None or len(cluster.secret) < _SECRET_LEAST:
+        found = "nothing" if cluster.secret is None else f"{len(cluster.secret)} characters"
+        yield Complaint(("cluster", "secret"), found, f"at least {_SECRET_LEAST} characters, the same on every node")
+    if not config.cache.enabled:
+        yield Complaint(("cache", "enabled"), "false, in a cluster", "true: a node without a store has nothing to share")
+    if cluster.heartbeat_s * 3 > cluster.member_lease_s:
+        found = f"{show_duration(cluster.heartbeat_s)} with member_lease {show_duration(cluster.member_lease_s)}"
+        yield Complaint(("cluster", "heartbeat"), found, "at most a third of member_lease, so that two may be lost")
+    if cluster.hedge_least_s > cluster.hedge_most_s:
+        yield Complaint(("cluster", "hedge_least"), "more than hedge_most", "at most cluster.hedge_most")
+    names = [member.name for member in members]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield Complaint(("members", index, "name"), f"{name!r} again", "each name once")
+    if cluster.membership == "static" and cluster.name is not None and cluster.name not in names:
+        yield Complaint(("members",), f"no member {cluster.name!r}", "this node's own cluster.name among them")
+    host, _ = split_address(config.listen.peer)
+    if host in ("0.0.0.0", "::") and cluster.membership == "control" and cluster.advertise is None:
+        yield Complaint(("cluster", "advertise"), f"nothing, and listen.peer {config.listen.peer}",
+                        "the host at which other nodes reach this one")
 
 
 def _overlap(one: str, other: str) -> bool:

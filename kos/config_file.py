@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 import yaml
 
-from kos.config_values import Key, Kind, Secret
+from kos.config_values import Key, Kind, Outside, Secret
 from kos.errors import ConfigError
 
 #: a configuration is read whole; nobody writes a megabyte of it by hand
@@ -121,7 +121,8 @@ def options(schema: type[msgspec.Struct], prefix: str = "") -> Iterator[Option]:
             yield from options(inner, f"{prefix}{key}{'[]' if is_list else ''}.")
             continue
         mark = _mark(hint)
-        yield Option(f"{prefix}{key}", mark.kind if isinstance(mark, Key) else None, required, default)
+        kind = mark.kind if isinstance(mark, Key | Outside) else None
+        yield Option(f"{prefix}{key}", kind, required, default)
 
 
 def _compose(path: Path, text: bytes) -> yaml.Node | None:
@@ -216,7 +217,7 @@ def _allowed(hint: Any) -> str:
     if _struct_in(hint) is not None:
         return "a list" if typing.get_origin(hint) is tuple else "a mapping of options"
     mark = _mark(hint)
-    return mark.kind.allowed if isinstance(mark, Key) else _secret_keys_text(mark)
+    return _secret_keys_text(mark) if isinstance(mark, Secret) else mark.kind.allowed
 
 
 def _members(
@@ -322,6 +323,12 @@ def _read_secret(
             reading.complain(here, f"no environment variable {node.value!r}, or an empty one", "the name of one set")
     if not secret:
         return _MISSING
+    if isinstance(mark, Outside):
+        try:
+            return mark.kind.parse(secret)
+        except ValueError:
+            reading.complain(here, repr(secret[:100]), mark.kind.allowed)
+            return _MISSING
     if not secret.isprintable() or not secret.isascii():
         reading.complain(here, "a secret with unprintable characters", "printable ASCII")
         return _MISSING

@@ -58,6 +58,13 @@ class Secret:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Outside(Secret):
+    """A Secret that is none: it differs from node to node while the file is the same, and is checked and shown."""
+
+    kind: Kind
+
+
 def show_size(size_bytes: int) -> str:
     """The shortest exact text of a size: 8388608 -> 8MiB."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
@@ -157,6 +164,16 @@ def size_or_auto(low: int, high: int = 1024 * TIB) -> Kind:
     )
 
 
+def count_or_auto(low: int, high: int) -> Kind:
+    """As count; `auto` stands for 0, which whoever reads it replaces by what is worked out."""
+    inner = count(low, high)
+    return Kind(
+        f"auto, or {inner.allowed}",
+        lambda text: 0 if text == "auto" else inner.parse(text),
+        lambda number: str(number) if number else "auto",
+    )
+
+
 def duration(low_s: float, high_s: float) -> Kind:
     limits = f"from {show_duration(low_s)} to {show_duration(high_s)}"
     return Kind(
@@ -199,6 +216,11 @@ def _matching(pattern: re.Pattern[str]) -> Callable[[str], str]:
 
 def _parse_address(text: str) -> str:
     split_address(text)
+    return text
+
+
+def _parse_host(text: str) -> str:
+    split_address(f"[{text}]:0" if ":" in text else f"{text}:0")
     return text
 
 
@@ -255,6 +277,7 @@ TEXT: Final = Kind("a text that is not empty", _matching(re.compile(r"\S(.*\S)?"
 NAME: Final = Kind("a name of letters, digits, . _ -, at most 63 long", _matching(_NAME))
 PATH: Final = Kind("an absolute path, e.g. /var/lib/kos", _matching(re.compile(r"/[^\0]*")))
 LOG_TARGET: Final = Kind("off | stdout | an absolute path", _matching(re.compile(r"off|stdout|/[^\0]+")))
+HOST: Final = Kind("a host name or IP address that other nodes reach, without a port", _parse_host)
 ADDRESS: Final = Kind("HOST:PORT, an IPv6 host in brackets, e.g. 127.0.0.1:9000 or [::1]:9000", _parse_address)
 ADDRESS_OR_NONE: Final = Kind(
     f"{ADDRESS.allowed}; or none",

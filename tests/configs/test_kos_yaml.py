@@ -15,7 +15,7 @@ from kos.config_file import Option
 FILE = Path(__file__).parents[2] / "configs" / "kos.yaml"
 OPTIONS = {option.path: option for option in config_file.options(config.Config)}
 
-_SECTION = re.compile(r"(?P<key>[a-z0-9_]+):")
+_SECTION = re.compile(r"(?P<key>[a-z0-9_]+):( \[\])?")
 _OPTION = re.compile(
     r"(?P<indent> *)(?P<off># )?(?P<dash>- )?(?P<key>[a-z0-9_]+): +(?P<value>\S.*?)  # (?P<note>required|default: .+)"
 )
