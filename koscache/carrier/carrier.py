@@ -33,7 +33,7 @@ from koscache.carrier.fetch import OnRequest
 from koscache.carrier.link import Link
 from koscache.carrier.open import Opener
 from koscache.carrier.parts import Parts
-from koscache.carrier.types import FilePiece, Opened, Peek, Sight, Want
+from koscache.carrier.types import FilePiece, Opened, Peek, Phase, Reason, Sight, Want
 from koscache.content import VERSION_MARK, Freshness, Location, Record, judge, rule_of
 from koscache.disk import StoreFailed
 from koscache.reader import Reader, SegmentGone
@@ -54,6 +54,7 @@ _SLOTS_A_MESSAGE: Final = 8192
 _RUN_MAX: Final = 256
 #: All fill buffers of a worker together. One is enough for a fill, and fills wait for each other's.
 _BUFFERS_BYTES: Final = 32 * 1024 * 1024
+_ANY: Final = Want()
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,16 +232,34 @@ class Carrier:
         for piece in pieces:
             self._give_back(piece.segment)
 
-    async def open(self, bucket: str, key: str, want: Want) -> Opened:
+    async def open(self, bucket: str, key: str, want: Want, *, direct: bool = False, gone: str = "") -> Opened:
         """Finds out which version there is, asking the origin if the record does not do: once for all who ask at a time.
+
+        direct: for a peer, so no other peer is asked. gone: an ETag that the origin is known to have no more.
 
         Raises S3Error ServiceUnavailable or SlowDown with Retry-After when the origin cannot be asked and nothing may be
         served stale; OriginRefused when it answered with an error. Cancelling it never cancels the question.
         """
         return await self._opener.open(bucket, key, want)
 
-    def body(self, opened: Opened, start: int, stop: int) -> Body:
-        """The slice [start, stop) of what was opened. Close it, and then `opened`."""
+    def vouches(self, bucket: str, key: str, record: Record) -> bool:
+        """Whether another node may keep this record, which was opened just now, as if it had it from the origin. No await."""
+        return True
+
+    def version(self, bucket: str, key: str, record: Record, want: Want = _ANY) -> Opened:
+        """As open(), of a version that the caller knows to have been there."""
+        return Opened(bucket, key, record, Phase.HIT, Reason.FRESH, None, 0, want)
+
+    def ahead(self, bucket: str, key: str, record: Record, numbers: Sequence[int]) -> None:
+        """Has these blocks of the version brought into the store, from the origin, as far as there is room. No await."""
+
+    def block_checksum(self, record: Record, number: int) -> int | None:
+        """xxh3_64 of the whole block, if it is in the store and verified. No await."""
+        location = self._blocks.here(record, number)
+        return None if location is None else location.checksum
+
+    def body(self, opened: Opened, start: int, stop: int, *, direct: bool = False) -> Body:
+        """The slice [start, stop) of what was opened. Close it, and then `opened`. direct: ask no other peer for it."""
         return Body(self._context, self._blocks, opened, start, stop, self._touched, self._give_back)
 
     def listing_values(self, bucket: str, prefix: str) -> tuple[int, int]:
