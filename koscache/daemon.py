@@ -120,7 +120,7 @@ class Daemon:
             self._turn_off(error.reason)
         self._keeper.start()
         try:
-            self._fence = Fence.open(cache_dir)
+            self._fence = Fence.open(cache_dir, alone=not self._config.cluster.enabled)
             await self._listen(cache_dir)
         except OSError as error:
             raise ConfigError(f"cache.dir: {cache_dir}: {error.strerror}") from error

@@ -25,7 +25,7 @@ RUNS_MAX: Final = 1000
 
 def explainer(settings: Config) -> Callable[[str, str, str | None], Mapping[str, Any]]:
     """The answerer of /v1/explain; opens the index at its first question. It raises StoreFailed when the disk does."""
-    reader = Reader(settings.cache.dir)
+    reader = Reader(settings.cache.dir, alone=not settings.cluster.enabled)
     rules = Rules(settings.rules)
     clock = Clock()
     opened = False

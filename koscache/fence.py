@@ -8,7 +8,11 @@ slot's present one must be revalidated.
     reader: v = slot; GET -> old bytes ............................ stores record(v): differs from the slot: fenced
     writer:                 bump; PUT ......... 200; bump; answer
 
-Owns: the file, its making and its slots. Does not own: when to bump (carrier) or what fenced means (content.judge).
+In a cluster the daemon bumps for the writes of other nodes, and three more things stand here that all workers must see
+at once (docs/consistency.md): until when records may be trusted and vouched for, the epoch, which is mixed into every value,
+and which objects are marked: being written by another node. A node that is alone trusts always.
+
+Owns: the file, its making and its slots. Does not own: when to bump (carrier, daemon) or what fenced means (content.judge).
 
 Invariant: a slot never holds a value twice, and never 0. Values are unique, not counted up: two processes that bump at
 once leave one of two fresh values, and both differ from every value that a record can carry.
@@ -38,11 +42,24 @@ _MASK: Final = SLOTS - 1
 LISTING_SLOTS: Final = 1 << 16
 _LISTING_MASK: Final = LISTING_SLOTS - 1
 _HEADER_BYTES: Final = 4096
-FENCE_BYTES: Final = _HEADER_BYTES + (SLOTS + LISTING_SLOTS) * 8
+_MARKS_AT: Final = _HEADER_BYTES + (SLOTS + LISTING_SLOTS) * 8
+FENCE_BYTES: Final = _MARKS_AT + SLOTS
+#: In the header, one cache line each would be more than is needed: they are written a few times a second.
+_WORDS_AT: Final = 1024
+_TRUST: Final = 0
+_VOUCH: Final = 1
+_EPOCH: Final = 2
+_WORDS: Final = 3
+_MARK_MAX: Final = 255
 _MAGIC: Final = b"kosfence"
-_VERSION: Final = 2
+_VERSION: Final = 3
 _HEADER: Final = struct.Struct("<8sII64s")  # magic, version, slots, boot id; then xxh3_64 of it
 _CHECK: Final = struct.Struct("<Q")
+
+
+def boot_ns() -> int:
+    """The clock that leases are measured by: one for all processes, going on while the machine is suspended."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def read_boot_id() -> str:
@@ -55,20 +72,26 @@ def read_boot_id() -> str:
 
 
 class Fence:
-    """The mapped slots. bump and value are one access to memory, from any thread of any process."""
+    """The mapped slots. bump and value are one access to memory, from any thread of any process.
 
-    def __init__(self, fd: int, path: str, *, created: bool) -> None:
+    alone: this node is in no cluster, so nobody can write without its knowing.
+    """
+
+    def __init__(self, fd: int, path: str, *, created: bool, alone: bool = True) -> None:
         self.created = created
+        self.alone = alone
         self._path = path
         found = os.fstat(fd)
         self._identity = (found.st_dev, found.st_ino)
         self._map = mmap.mmap(fd, FENCE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._bytes = memoryview(self._map)
-        self._slots = self._bytes[_HEADER_BYTES:].cast("Q")
+        self._words = self._bytes[_WORDS_AT : _WORDS_AT + 8 * _WORDS].cast("Q")
+        self._slots = self._bytes[_HEADER_BYTES:_MARKS_AT].cast("Q")
+        self._marks = self._bytes[_MARKS_AT:]
         self._random = random.Random(os.urandom(32)).getrandbits
 
     @classmethod
-    def open(cls, cache_dir: str, boot_id: str | None = None) -> Fence:
+    def open(cls, cache_dir: str, boot_id: str | None = None, *, alone: bool = True) -> Fence:
         """Maps the directory's fence; makes a new one if there is none or it is of another boot or garbled.
 
         Raises OSError. After a boot the slots are new, so every record is revalidated once: bumps that only the page
@@ -78,14 +101,14 @@ class Fence:
         path = os.path.join(cache_dir, "fence")
         fd = _open_valid(path, boot_id)
         if fd is not None:
-            return _mapped(cls, fd, path, created=False)
+            return _mapped(cls, fd, path, created=False, alone=alone)
         with open(os.path.join(cache_dir, "fence.lock"), "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two workers may come here at once; the second finds the first one's
             fd = _open_valid(path, boot_id)
             created = fd is None
             if fd is None:
                 fd = _create(path, boot_id)
-        return _mapped(cls, fd, path, created=created)
+        return _mapped(cls, fd, path, created=created, alone=alone)
 
     def slot(self, bucket: str, key: str) -> int:
         """Which slot an object, or a version by its name, has. Two objects may share one: a bump then costs the other a
@@ -106,7 +129,7 @@ class Fence:
     def listing_values(self, bucket: str, prefix: str) -> tuple[int, int]:
         """The present values of listing_slots(). Read them before the origin request whose answer they will vouch for."""
         of_bucket, of_directory = self.listing_slots(bucket, prefix)
-        return self._slots[of_bucket], self._slots[of_directory]
+        return self.value(of_bucket), self.value(of_directory)
 
     def directory_slots(self, bucket: str, keys: Iterable[str]) -> set[int]:
         """The slots of all listings that a write of these keys may change; see koscache.directories."""
@@ -118,11 +141,11 @@ class Fence:
 
     def value(self, slot: int) -> int:
         """The slot's present value. Read it before the origin request whose answer it will vouch for."""
-        return self._slots[slot]
+        return self._slots[slot] ^ self._words[_EPOCH]
 
     def value_of(self, bucket: str, key: str) -> int:
         """value(slot(bucket, key))."""
-        return self._slots[object_slot_hash(bucket, key) & _MASK]
+        return self._slots[object_slot_hash(bucket, key) & _MASK] ^ self._words[_EPOCH]
 
     def bump(self, slot: int) -> int:
         """Gives the slot a value that it never had, and returns it.
@@ -131,7 +154,7 @@ class Fence:
         """
         value = time.time_ns() ^ self._random(64) or 1
         self._slots[slot] = value
-        return value
+        return self.value(slot)
 
     def bump_all(self, slots: Iterable[int]) -> None:
         """Gives each of the slots a value that it never had. They may get the same one: none is compared with another's."""
@@ -139,6 +162,45 @@ class Fence:
         present = self._slots
         for slot in slots:
             present[slot] = value
+
+    # --- in a cluster
+
+    def trusted(self) -> bool:
+        """Whether records may be used without asking the origin: every write of any node would have been heard of."""
+        return self.alone or self._words[_TRUST] > boot_ns()
+
+    def vouching(self, slot: int) -> bool:
+        """Whether another node may be told, as a truth to keep, what a record of this slot says: look at the record's value
+        again afterwards."""
+        return self.alone or (self._marks[slot] == 0 and self._words[_VOUCH] > boot_ns())
+
+    def trust(self, until_ns: int, vouch_until_ns: int) -> None:
+        """For the daemon: until when (boot_ns) records may be trusted, and vouched for."""
+        self._words[_TRUST] = until_ns
+        self._words[_VOUCH] = vouch_until_ns
+
+    def stop_vouching(self) -> None:
+        """For a daemon that has just started: it does not know of what its predecessor marked. Trust stays as it was."""
+        self._words[_VOUCH] = 0
+        self._marks[:] = bytes(SLOTS)
+
+    def new_epoch(self) -> None:
+        """Makes every value another one than it was, so that nothing is used before the origin has confirmed it."""
+        self._words[_EPOCH] = self._random(64)
+
+    def mark(self, slots: Iterable[int]) -> None:
+        """For the daemon alone: another node writes these; marks add up. Slots of listings have none."""
+        marks = self._marks
+        for slot in slots:
+            if slot < SLOTS and marks[slot] < _MARK_MAX:
+                marks[slot] += 1
+
+    def unmark(self, slots: Iterable[int]) -> None:
+        """Takes back one mark(). 255 at a time is all that is counted: such a slot stays marked until the daemon restarts."""
+        marks = self._marks
+        for slot in slots:
+            if slot < SLOTS and 0 < marks[slot] < _MARK_MAX:
+                marks[slot] -= 1
 
     def current(self) -> bool:
         """Whether the mapped file is still the one at its path; if not, open anew."""
@@ -149,14 +211,16 @@ class Fence:
         return (found.st_dev, found.st_ino) == self._identity
 
     def close(self) -> None:
+        self._words.release()
         self._slots.release()
+        self._marks.release()
         self._bytes.release()
         self._map.close()
 
 
-def _mapped(cls: type[Fence], fd: int, path: str, *, created: bool) -> Fence:
+def _mapped(cls: type[Fence], fd: int, path: str, *, created: bool, alone: bool) -> Fence:
     try:
-        return cls(fd, path, created=created)
+        return cls(fd, path, created=created, alone=alone)
     finally:
         os.close(fd)
 

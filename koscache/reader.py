@@ -55,8 +55,9 @@ class Reader:
 
     fence: Fence
 
-    def __init__(self, cache_dir: str, *, open_max: int = 1024, boot_id: str | None = None) -> None:
-        """open_max: segment descriptors kept open when nobody borrows them. boot_id: for tests."""
+    def __init__(self, cache_dir: str, *, open_max: int = 1024, boot_id: str | None = None, alone: bool = True) -> None:
+        """open_max: segment descriptors kept open when nobody borrows them. boot_id: for tests. alone: see Fence."""
+        self._alone = alone
         self._dir = cache_dir
         self._open_max = open_max
         self._boot_id = boot_id
@@ -78,7 +79,7 @@ class Reader:
         """
         with disk_errors("opening the fence"):
             self._disk.make_dir(self._dir)
-            self.fence = Fence.open(self._dir, self._boot_id)
+            self.fence = Fence.open(self._dir, self._boot_id, alone=self._alone)
         return self._follow_pointer()
 
     def reopen(self) -> bool:
@@ -91,7 +92,7 @@ class Reader:
                 self.drop(segment)
         if not self.fence.current():
             with disk_errors("opening the fence"):
-                self.fence = Fence.open(self._dir, self._boot_id)
+                self.fence = Fence.open(self._dir, self._boot_id, alone=self._alone)
         return self._follow_pointer()
 
     def _follow_pointer(self) -> bool:
@@ -175,10 +176,12 @@ class Reader:
                 return None
 
     def still(self, found: Found, fence: int) -> bool:
-        """Whether the index is in the state in which it said `found`, and the fence slot still has the value `fence`."""
+        """Whether the index is in the state in which it said `found`, the fence slot still has the value `fence`, and this
+        is to be trusted."""
         with self._lock:
             environment = self._environment
-            if environment is None or self.fence.value(found.slot) != fence:
+            slots = self.fence
+            if environment is None or slots.value(found.slot) != fence or not slots.trusted():
                 return False
             try:
                 txn = environment.env.begin(environment.objects)

@@ -1,0 +1,556 @@
+"""How every node of a cluster hears of a write before it is answered: the decisions, without any I/O.
+
+docs/consistency.md tells the protocol, and why a read that begins after a write was answered cannot miss it. Here it is as one
+value that takes events and returns commands; koscache.cluster.hub carries them out, and a model drives the same code
+through every kind of failure.
+
+Owns: what is told to whom, when a write may be answered, until when this node may trust and vouch for what it knows, and what of
+others' writes is marked here. Does not own: lines and their handshake (lines), the fence's file (fence), views (membership).
+
+Invariant: ended(ok) is said of a write only when each member has acknowledged its End, or cannot trust any more: it is in no
+view, or (STATIC) the lease that this node promised it has run out. No End is said to anybody before all have acknowledged the
+Begin. Trust is never given for longer than the shortest lease that this node holds.
+
+    a write here:  begin ──▶ UNDER_WAY ──end──▶ CLOSING ──all have the Begin──▶ ENDING ──all have the End──▶ (gone, answered)
+
+Times are seconds of one clock that never stops (fence.boot_ns), given by the caller; of others' clocks nothing is assumed but that
+they run at most RATE_SLACK faster or slower.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from koscache.cluster import wire
+from koscache.cluster.view import Member, View
+from koscache.ipc import Message
+
+#: A promise to another node is kept for so much longer than it counts on: clocks differ, and so do a promise's two ends.
+RATE_SLACK: Final = 0.1
+_GRACE_S: Final = 0.05
+#: A lease is asked for anew when so much of it is over.
+_RENEW_AT: Final = 0.25
+#: Renewals that may be on their way on one line; an answer to an older one says nothing that a newer one does not.
+_RENEWALS_MAX: Final = 16
+#: Slots that are remembered for one member that could not be told; 65 536 x 60 bytes.
+SKIPPED_MAX: Final = 65_536
+#: Writes that nobody waits for any more and that not all members have heard of.
+_LEFT_MAX: Final = 65_536
+
+
+class Membership(enum.Enum):
+    """What ends the wait for a member that does not answer."""
+
+    STATIC = "static"  # its lease runs out
+    CONTROL = "control"  # it is expelled
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """On our line to the member."""
+
+    member: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """On the member's line to us."""
+
+    member: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Give these slots of our own fence new values."""
+
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unmark:
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewEpoch:
+    """Something may have been missed. reason: for the log."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Until when (seconds; inf: for ever) records may be trusted and vouched for; 0: not at all."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a write ended whose end was waited for."""
+
+    number: int
+    ok: bool
+
+
+Command = Tell | Reply | Pass | Mark | Unmark | NewEpoch | Trust | Ended
+
+
+class ProtocolBroken(Exception):
+    """A member says what it cannot say: its line must end, and begin anew with a Hello."""
+
+
+class _State(enum.Enum):
+    UNDER_WAY = enum.auto()
+    CLOSING = enum.auto()
+    ENDING = enum.auto()
+
+
+@dataclass(slots=True)
+class _Write:
+    """begun, ended: members that have acknowledged. waited: somebody is to hear how it ends. until: for how long."""
+
+    slots: tuple[int, ...]
+    state: _State = _State.UNDER_WAY
+    begun: set[str] = field(default_factory=set)
+    ended: set[str] = field(default_factory=set)
+    waited: bool = False
+    until: float = math.inf
+
+
+@dataclass(slots=True)
+class _Out:
+    """A member that hears of our writes. up: its line stands (a Hello was sent). met: it has welcomed us since we started.
+    promised_until: we wait for it. skipped: slots passed without it; None: too many. unheard: the same of writes that were
+    told on the present line and not yet acknowledged. hello_*: what the Hello of the present line said."""
+
+    promised_until: float
+    up: bool = False
+    met: bool = False
+    skipped: set[int] | None = field(default_factory=set)
+    unheard: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    hello_skipped: frozenset[int] | None = frozenset()
+    hello_begun: frozenset[int] = frozenset()
+    hello_ended: frozenset[int] = frozenset()
+
+    def skip(self, slots: Iterable[int]) -> None:
+        if self.skipped is not None:
+            self.skipped.update(slots)
+            if len(self.skipped) > SKIPPED_MAX:
+                self.skipped = None
+
+
+@dataclass(slots=True)
+class _In:
+    """A member whose writes we hear of. met: its Hello was heard since we started. daemon: the run of its daemon that said the
+    last one. clean: it has said goodbye since. marks: slots of its writes under way."""
+
+    up: bool = False
+    met: bool = False
+    daemon: int | None = None
+    clean: bool = False
+    renewed_until: float = 0.0
+    asked_at: float = -math.inf
+    serial: int = 0
+    asked: dict[int, float] = field(default_factory=dict)
+    marks: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What a Hello to a member must say. See wire.Hello."""
+
+    version: int
+    skipped: tuple[int, ...] | None
+    under_way: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+class Coherence:
+    """One run of a daemon, for as long as it is the same incarnation of its member.
+
+    name: this member's. store_late_s (CONTROL): with less of its own membership left the others' leases are kept as well,
+    should the control store stay away. first: writes are numbered from here on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        membership: Membership,
+        lease_s: float,
+        now: float,
+        *,
+        store_late_s: float = 0.0,
+        first: int = 0,
+    ) -> None:
+        self._name = name
+        self._static = membership is Membership.STATIC
+        self._lease_s = lease_s
+        self._store_late_s = math.inf if self._static else store_late_s
+        self._next = first
+        self._view = View(-1, ())
+        self._heard_version = 0
+        self._announced: dict[str, tuple[Member, int]] = {}
+        self._outs: dict[str, _Out] = {}
+        self._ins: dict[str, _In] = {}
+        self._writes: dict[int, _Write] = {}
+        self._complete = False
+        self._member_until = 0.0
+        self._trusted_until = -1.0
+        # The daemon that ran before may have promised to wait for so long.
+        self._first_promise = now + self._promise_s
+
+    @property
+    def _promise_s(self) -> float:
+        return self._lease_s * (1 + RATE_SLACK) + _GRACE_S
+
+    # --- what others want to know --------------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Every member knows this node, and this node what was under way at every member."""
+        return self._complete
+
+    @property
+    def wanted(self) -> dict[str, Member]:
+        """The members to which a line is to stand."""
+        wanted = {member.name: member for member in self._view.others(self._name)}
+        for name, (member, _) in self._announced.items():
+            wanted.setdefault(name, member)
+        return wanted
+
+    @property
+    def outdated(self) -> bool:
+        """A member has a newer view than this node."""
+        return self._view.version < self._heard_version
+
+    @property
+    def waiting(self) -> int:
+        """Writes whose end is waited for."""
+        return sum(write.waited for write in self._writes.values())
+
+    def trusted_until(self) -> float:
+        """As told by the last Trust; 0 before there was one."""
+        return max(self._trusted_until, 0.0)
+
+    def in_trouble(self, now: float) -> dict[str, str]:
+        """Members that cannot be told or do not tell, and how."""
+        trouble: dict[str, str] = {}
+        for name, out in self._outs.items():
+            inn = self._ins[name]
+            if not out.up and not inn.up:
+                trouble[name] = "no line"
+            elif not out.up:
+                trouble[name] = "no line to it"
+            elif not inn.up:
+                trouble[name] = "no line from it"
+            elif self._static and inn.renewed_until < now:
+                trouble[name] = "does not renew"
+        return trouble
+
+    def silent(self, name: str) -> bool:
+        """Whether there is no line to or from the member, so that it may be expelled."""
+        out, inn = self._outs.get(name), self._ins.get(name)
+        return (out is None or not out.up) and (inn is None or not inn.up)
+
+    # --- views and own membership ---------------------------------------------------------------------------------------
+
+    def viewed(self, view: View, now: float) -> list[Command]:
+        """The members are these. Older ones than known are not listened to."""
+        if view.version <= self._view.version:
+            return []
+        self._view = view
+        self._heard_version = max(self._heard_version, view.version)
+        for name, (_, version) in list(self._announced.items()):
+            if version <= view.version:
+                del self._announced[name]
+        commands = self._follow_wanted()
+        return commands + self._advance_all(now) + self._trust(now)
+
+    def _follow_wanted(self) -> list[Command]:
+        wanted = self.wanted
+        for name in wanted:
+            if name not in self._outs:
+                # Who joins when we know of all others has nothing under way that we have not heard of, and knows us.
+                self._outs[name] = _Out(self._first_promise, met=self._complete)
+                self._ins[name] = _In(met=self._complete)
+        commands: list[Command] = []
+        for name in [name for name in self._outs if name not in wanted]:
+            del self._outs[name]
+            commands += self._drop_marks(self._ins.pop(name))
+        return commands
+
+    def _drop_marks(self, inn: _In) -> list[Command]:
+        slots = tuple({slot for marked in inn.marks.values() for slot in marked})
+        commands: list[Command] = [Pass(slots)] if slots else []
+        commands += [Unmark(marked) for marked in inn.marks.values()]
+        inn.marks = {}
+        return commands
+
+    def member_until(self, until: float, now: float) -> list[Command]:
+        """Own membership holds until then (CONTROL): the heartbeat that says so was sent a lease before."""
+        self._member_until = max(self._member_until, until)
+        return self._trust(now)
+
+    def _heard(self, version: int) -> bool:
+        """True: a member's view is newer than ours, and that is news."""
+        if version <= self._heard_version:
+            return False
+        self._heard_version = version
+        return version > self._view.version
+
+    # --- trust ----------------------------------------------------------------------------------------------------------
+
+    def _trust(self, now: float) -> list[Command]:
+        if not self._complete:
+            if not all(self._outs[name].met and self._ins[name].met for name in self._outs) or self._view.version < 0:
+                return []
+            self._complete = True
+        leases = min((inn.renewed_until for inn in self._ins.values()), default=math.inf)
+        until = leases if self._static else max(leases, self._member_until)
+        if until == self._trusted_until:
+            return []
+        self._trusted_until = until
+        return [Trust(until)]
+
+    # --- our own writes -------------------------------------------------------------------------------------------------
+
+    def begin(self, slots: tuple[int, ...], now: float) -> tuple[int, list[Command]]:
+        """A write of these slots is about to be asked of the origin. Returns its number."""
+        self._next += 1
+        number = self._next
+        self._writes[number] = _Write(slots)
+        return number, [Tell(name, wire.Begin(number, slots)) for name, out in self._outs.items() if out.up]
+
+    def end(self, number: int, now: float, wait_s: float | None) -> list[Command]:
+        """The origin has answered. wait_s: Ended is to be said, at the latest after so long; None: nobody waits."""
+        write = self._writes[number]
+        assert write.state is _State.UNDER_WAY, "a write ends once"
+        write.state = _State.CLOSING
+        if wait_s is not None:
+            write.waited, write.until = True, now + wait_s
+        elif len(self._writes) > _LEFT_MAX:
+            self._give_up_oldest()
+        return self._advance(number, write, now)
+
+    def _give_up_oldest(self) -> None:
+        """Nobody was promised anything of it: who has not heard of it is told of its slots when its line begins anew."""
+        for number, write in self._writes.items():
+            if not write.waited and write.state is not _State.UNDER_WAY:
+                del self._writes[number]
+                for name, out in self._outs.items():
+                    if name not in write.ended:
+                        out.skip(write.slots)
+                return
+
+    def _advance_all(self, now: float) -> list[Command]:
+        commands: list[Command] = []
+        for number, write in list(self._writes.items()):
+            commands += self._advance(number, write, now)
+        return commands
+
+    def _advance(self, number: int, write: _Write, now: float) -> list[Command]:
+        commands: list[Command] = []
+        if write.state is _State.CLOSING and self._have(write.begun, now):
+            # Our own slots first: nobody who asks us after he has heard of the End gets what was before it.
+            write.state = _State.ENDING
+            commands.append(Pass(write.slots))
+            commands += [Tell(name, wire.End(number)) for name, out in self._outs.items() if out.up]
+        if write.state is _State.ENDING and not self.outdated and self._have(write.ended, now):
+            del self._writes[number]
+            for name, out in self._outs.items():
+                if name not in write.ended:
+                    if out.up:
+                        out.unheard[number] = write.slots
+                    else:
+                        out.skip(write.slots)
+            if write.waited:
+                commands.append(Ended(number, True))
+        return commands
+
+    def _have(self, acknowledged: set[str], now: float) -> bool:
+        return all(
+            name in acknowledged or (self._static and out.promised_until <= now) for name, out in self._outs.items()
+        )
+
+    # --- our lines ------------------------------------------------------------------------------------------------------
+
+    def greet(self, name: str) -> Greeting:
+        """What the Hello on a new line to the member says; it is sent at once, and the line counts as standing."""
+        out = self._outs[name]
+        ending = {number: write for number, write in self._writes.items() if write.state is _State.ENDING}
+        missed = {number: write for number, write in ending.items() if name not in write.ended}
+        for write in missed.values():
+            out.skip(write.slots)
+        under_way = tuple((n, write.slots) for n, write in self._writes.items() if n not in ending)
+        out.up = True
+        out.hello_skipped = None if out.skipped is None else frozenset(out.skipped)
+        out.hello_begun = frozenset(number for number, _ in under_way)
+        out.hello_ended = frozenset(missed)
+        return Greeting(self._view.version, None if out.skipped is None else tuple(sorted(out.skipped)), under_way)
+
+    def welcomed(self, name: str, version: int, now: float) -> list[Command]:
+        """The member has done what the Hello said."""
+        out = self._outs[name]
+        if not out.up:
+            raise ProtocolBroken("a welcome without a hello")
+        out.met = True
+        if out.skipped is None and out.hello_skipped is None:
+            out.skipped = set()
+        elif out.skipped is not None and out.hello_skipped is not None:
+            out.skipped -= out.hello_skipped
+        out.hello_skipped = frozenset()
+        for number in out.hello_begun:
+            if number in self._writes:
+                self._writes[number].begun.add(name)
+        for number in out.hello_ended:
+            if number in self._writes:
+                self._writes[number].ended.add(name)
+        return self._ask_view(name, version, now) + self._advance_all(now) + self._trust(now)
+
+    def lost(self, name: str) -> None:
+        """Our line to the member broke."""
+        out = self._outs.get(name)
+        if out is None or not out.up:
+            return
+        out.up = False
+        for slots in out.unheard.values():
+            out.skip(slots)
+        out.unheard = {}
+        for write in self._writes.values():
+            if write.state is not _State.ENDING:
+                # Its daemon may be another one when we come back, which has no marks: the Hello repeats the Begin.
+                write.begun.discard(name)
+
+    def acknowledged(self, name: str, message: wire.Ack, now: float) -> list[Command]:
+        out = self._outs[name]
+        commands = self._ask_view(name, message.version, now)
+        out.unheard.pop(message.number, None)
+        write = self._writes.get(message.number)
+        if write is None:
+            return commands
+        (write.ended if message.ended else write.begun).add(name)
+        return commands + self._advance(message.number, write, now)
+
+    def renew(self, name: str, serial: int, now: float) -> list[Command]:
+        """The member asks to be waited for."""
+        self._outs[name].promised_until = now + self._promise_s
+        return [Tell(name, wire.Renewed(serial, self._view.version))]
+
+    def _ask_view(self, name: str, version: int, now: float) -> list[Command]:
+        return [Tell(name, wire.AskView())] if self._heard(version) else []
+
+    # --- others' lines --------------------------------------------------------------------------------------------------
+
+    def known(self, name: str) -> bool:
+        """Whether a Hello of that name is to be heard out: of a member, or of one that joins."""
+        return name != self._name and (name in self._ins or not self._static)
+
+    def hello(self, hello: wire.Hello, now: float) -> list[Command]:
+        """A member's line begins. The shell says Welcome when the commands are done."""
+        name = hello.member.name
+        if name not in self._ins:
+            if hello.version <= self._view.version:
+                raise ProtocolBroken("no member any more")
+            self._announced[name] = (hello.member, hello.version)
+        commands = self._follow_wanted()
+        inn = self._ins[name]
+        if self._static and hello.daemon != inn.daemon and not inn.clean:
+            commands.append(NewEpoch(f"{name} was started anew, and may have passed over this node before"))
+        elif hello.skipped is None:
+            commands.append(NewEpoch(f"{name} has passed over this node more often than it can tell"))
+        before, inn.marks = inn.marks, dict(hello.under_way)
+        touched = set(hello.skipped or ())
+        touched.update(slot for marks in (before, inn.marks) for slots in marks.values() for slot in slots)
+        # Marked first and unmarked last: at no moment is something under way and not marked.
+        commands += [Mark(slots) for slots in inn.marks.values()]
+        if touched:
+            commands.append(Pass(tuple(sorted(touched))))
+        commands += [Unmark(slots) for slots in before.values()]
+        inn.up = inn.met = True
+        inn.daemon, inn.clean = hello.daemon, False
+        inn.asked, inn.asked_at = {}, -math.inf
+        if self._heard(hello.version):
+            commands.append(Reply(name, wire.AskView()))
+        return commands + self._renew(name, inn, now) + self._trust(now)
+
+    def begun(self, name: str, message: wire.Begin) -> list[Command]:
+        inn = self._ins[name]
+        if message.number in inn.marks:
+            raise ProtocolBroken(f"write {message.number} begins twice")
+        inn.marks[message.number] = message.slots
+        return [Mark(message.slots), Pass(message.slots), self._ack(name, message.number, ended=False)]
+
+    def ended(self, name: str, message: wire.End) -> list[Command]:
+        slots = self._ins[name].marks.pop(message.number, None)
+        if slots is None:
+            raise ProtocolBroken(f"write {message.number} ends and has not begun")
+        return [Pass(slots), Unmark(slots), self._ack(name, message.number, ended=True)]
+
+    def _ack(self, name: str, number: int, *, ended: bool) -> Reply:
+        return Reply(name, wire.Ack(number, ended, self._view.version))
+
+    def renewed(self, name: str, message: wire.Renewed, now: float) -> list[Command]:
+        """The lease counts from when it was asked for."""
+        inn = self._ins[name]
+        if message.serial > inn.serial:
+            raise ProtocolBroken(f"renewal {message.serial} was not asked for")
+        # One that is not remembered any more was asked for so long ago that it says nothing.
+        asked_at = inn.asked.get(message.serial, -math.inf)
+        inn.asked = {serial: at for serial, at in inn.asked.items() if serial > message.serial}
+        inn.renewed_until = max(inn.renewed_until, asked_at + self._lease_s)
+        commands: list[Command] = [Reply(name, wire.AskView())] if self._heard(message.version) else []
+        return commands + self._trust(now)
+
+    def goodbye(self, name: str) -> list[Command]:
+        """Its daemon stops with nothing under way, and has told us all."""
+        inn = self._ins[name]
+        inn.clean = not inn.marks
+        return []
+
+    def left(self, name: str) -> None:
+        """The member's line to us broke. What is marked stays so until it, or the view, says more."""
+        inn = self._ins.get(name)
+        if inn is not None:
+            inn.up = False
+
+    def view_for_asker(self) -> wire.Viewed:
+        return wire.Viewed(self._view)
+
+    # --- time -----------------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[Command]:
+        """Several times a lease."""
+        commands: list[Command] = []
+        for name, inn in self._ins.items():
+            commands += self._renew(name, inn, now)
+        for number, write in list(self._writes.items()):
+            if write.waited and write.until <= now:
+                write.waited = False
+                commands.append(Ended(number, False))
+            commands += self._advance(number, write, now)
+        return commands
+
+    def _renew(self, name: str, inn: _In, now: float) -> list[Command]:
+        needed = self._member_until - now < self._store_late_s
+        if not inn.up or not needed or now - inn.asked_at < _RENEW_AT * self._lease_s:
+            return []
+        inn.asked_at = now
+        inn.serial += 1
+        inn.asked[inn.serial] = now
+        if len(inn.asked) > _RENEWALS_MAX:
+            del inn.asked[min(inn.asked)]
+        return [Reply(name, wire.Renew(inn.serial))]

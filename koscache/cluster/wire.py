@@ -1,0 +1,142 @@
+"""What the daemons of a cluster say to each other on a line, and how each proves that it belongs to it.
+
+Owns: the messages and the proofs. Does not own: what they mean (koscache.cluster.coherence), connections and frames
+(koscache.cluster.lines; frames are those of koscache.ipc).
+
+A line goes from the daemon that tells of its writes (W) to one that listens (A). W connects.
+
+    A: Challenge(nonce a)
+    W: Hello(who, nonce w, proof over both nonces, what A must know before anything else)
+    A: Welcome(who, proof over both nonces)
+    W: Begin, End, Goodbye, Renewed, Ask        A: Ack, Renew, Said, View
+
+Invariant: nothing that comes before a proof that holds is acted upon. What comes after is not signed: whoever can change what
+two members say to each other in their network can do as he likes there.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Final
+
+import msgspec
+
+from koscache.cluster.view import Member, View
+from koscache.ipc import Message
+
+PROTOCOL: Final = 1
+NONCE_BYTES: Final = 16
+#: A Hello may hold all slots that were passed without its reader: 65 536 of them, and those of writes under way.
+MESSAGE_BYTES_MAX: Final = 16 * 1024 * 1024
+QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
+
+
+class Challenge(Message, frozen=True, tag=1):
+    nonce: bytes
+
+
+class Hello(Message, frozen=True, tag=2):
+    """member: who connects. daemon: a number of this run of its daemon. version: of its view. block_bytes, slots: must be the
+    reader's own. skipped: fence slots that were passed without the reader since this daemon runs; None: too many to say.
+    under_way: writes that have begun and not ended, by number: their slots are marked from now on."""
+
+    protocol: int
+    member: Member
+    daemon: int
+    version: int
+    block_bytes: int
+    slots: int
+    nonce: bytes
+    proof: bytes
+    skipped: tuple[int, ...] | None
+    under_way: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+class Welcome(Message, frozen=True, tag=3):
+    """What Hello said has been done."""
+
+    name: str
+    daemon: int
+    version: int
+    proof: bytes
+
+
+class Refused(Message, frozen=True, tag=4):
+    """Instead of Welcome; the line ends."""
+
+    reason: str
+
+
+class Begin(Message, frozen=True, tag=5):
+    number: int
+    slots: tuple[int, ...]
+
+
+class End(Message, frozen=True, tag=6):
+    number: int
+
+
+class Ack(Message, frozen=True, tag=7):
+    """ended: of the End, else of the Begin. version: of the view of who acknowledges."""
+
+    number: int
+    ended: bool
+    version: int
+
+
+class Renew(Message, frozen=True, tag=8):
+    """Wait for me from now on for a lease more."""
+
+    serial: int
+
+
+class Renewed(Message, frozen=True, tag=9):
+    """All that was said before on this line holds for the lease that this renews."""
+
+    serial: int
+    version: int
+
+
+class Goodbye(Message, frozen=True, tag=10):
+    """This daemon stops, and no write of its node is under way."""
+
+
+class AskView(Message, frozen=True, tag=11):
+    """Yours is newer than mine."""
+
+
+class Viewed(Message, frozen=True, tag=12):
+    view: View
+
+
+class Ask(Message, frozen=True, tag=13):
+    """A question of operators: what is `topic`? body: JSON."""
+
+    ask: int
+    topic: str
+    body: bytes
+
+
+class Said(Message, frozen=True, tag=14):
+    ask: int
+    body: bytes
+
+
+ToListener = Hello | Begin | End | Renewed | Goodbye | AskView | Viewed | Ask
+ToWriter = Challenge | Welcome | Refused | Ack | Renew | AskView | Viewed | Said
+
+
+def proof(secret: bytes, kind: str, first: bytes, second: bytes, name: str, daemon: int) -> bytes:
+    """kind: "hello" or "welcome", so that neither can be played back as the other."""
+    parts = (b"kos-line", str(PROTOCOL).encode(), kind.encode(), first.hex().encode(), second.hex().encode())
+    text = b"\n".join((*parts, name.encode(), str(daemon).encode()))
+    return hmac.digest(secret, text, "sha256")
+
+
+def proves(given: bytes, secret: bytes, kind: str, first: bytes, second: bytes, name: str, daemon: int) -> bool:
+    return hmac.compare_digest(given, proof(secret, kind, first, second, name, daemon))
+
+
+def unproven(member: Member, daemon: int) -> Hello:
+    """A Hello to be completed by msgspec.structs.replace."""
+    return Hello(PROTOCOL, member, daemon, 0, 0, 0, b"", b"", (), ())
