@@ -13,10 +13,12 @@ virtual-host addressing; tls=ssl.SSLContext; now=callable (epoch seconds, for La
 
 Behind the client's back:
     origin.put("b", "k", body, {"cache-control": "no-store"}, etag=None, last_modified=None, checksums={...}) -> Version
+    (a body of GiBs: tests.fakes.generated.Generated)
     origin.remove("b", "k"); origin.get("b", "k") -> Version | None; origin.create_bucket("b", versioned=True)
 
 What came in (origin.requests, a list of Recorded, in order of arrival):
     origin.count(method="GET", key="k", op="GetObject", status=206) -> int     any subset of the arguments
+    origin.sent_bytes(key="k") -> int                                          of the bodies of the answers to those
     origin.forget() empties the log. origin.connections: accepted so far; origin.open_connections: now;
     origin.busiest: most requests that were in work at the same time. Recorded has method, target, raw_path, raw_query,
     bucket, key, query, headers (lower case), raw_headers, body, body_complete, status, sent_bytes, op, connection (its
@@ -60,6 +62,7 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any
 
+from tests.fakes.generated import Generated
 from tests.fakes.origin_store import (
     Answer,
     Headers,
@@ -293,6 +296,10 @@ class FakeOrigin:
     def count(self, **which: Any) -> int:
         return sum(all(getattr(r, name) == wanted for name, wanted in which.items()) for r in list(self.requests))
 
+    def sent_bytes(self, **which: Any) -> int:
+        found = [r for r in list(self.requests) if all(getattr(r, name) == wanted for name, wanted in which.items())]
+        return sum(r.sent_bytes for r in found)
+
     # -- serving -------------------------------------------------------------------------------------------------
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -411,8 +418,9 @@ class FakeOrigin:
             raise Refusal(error.status, error.code, error.message) from error
 
     async def _send(self, recorded: Recorded, answer: Answer, fault: Fault, writer: asyncio.StreamWriter) -> bool:
-        body = memoryview(answer.body)
+        body = answer.body if isinstance(answer.body, Generated) else memoryview(answer.body)
         if fault.garble is not None:
+            assert not isinstance(body, Generated), "what is worked out again and again cannot be spoiled"
             garbled = bytearray(body)
             garbled[fault.garble] ^= 0xFF
             body = memoryview(garbled)
@@ -443,7 +451,7 @@ class FakeOrigin:
         return headers.get("connection") != "close"
 
     async def _send_body(
-        self, recorded: Recorded, body: memoryview, fault: Fault, writer: asyncio.StreamWriter
+        self, recorded: Recorded, body: memoryview | Generated, fault: Fault, writer: asyncio.StreamWriter
     ) -> None:
         hold = fault.holding
         stop = hold.body_bytes if hold is not None and hold.at == "body" else -1
@@ -453,7 +461,7 @@ class FakeOrigin:
                 await hold.stop(recorded)
                 stop = -1
             piece = body[: min(_PIECE_BYTES, stop) if stop > 0 else _PIECE_BYTES]
-            writer.write(piece)
+            writer.write(piece.view() if isinstance(piece, Generated) else piece)
             await writer.drain()
             recorded.sent_bytes += len(piece)
             body = body[len(piece) :]
