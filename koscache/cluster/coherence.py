@@ -135,12 +135,13 @@ class _Write:
 @dataclass(slots=True)
 class _Out:
     """A member that hears of our writes. up: its line stands (a Hello was sent). met: it has welcomed us since we started.
-    promised_until: we wait for it. skipped: slots passed without it; None: too many. unheard: the same of writes that were
+    promised_until: we wait for it. resigned: it does not trust until it hears of us again. skipped: slots passed without it; None: too many. unheard: the same of writes that were
     told on the present line and not yet acknowledged. hello_*: what the Hello of the present line said."""
 
     promised_until: float
     up: bool = False
     met: bool = False
+    resigned: bool = False
     skipped: set[int] | None = field(default_factory=set)
     unheard: dict[int, tuple[int, ...]] = field(default_factory=dict)
     hello_skipped: frozenset[int] | None = frozenset()
@@ -182,7 +183,8 @@ class Greeting:
 class Coherence:
     """One run of a daemon, for as long as it is the same incarnation of its member.
 
-    name: this member's. store_late_s (CONTROL): with less of its own membership left the others' leases are kept as well,
+    name: this member's. before: the daemons (by member) that the daemon before this one had heard when it resigned; None: it
+    did not, so nobody has passed over it (CONTROL) or nobody knows (STATIC). store_late_s (CONTROL): with less of its own membership left the others' leases are kept as well,
     should the control store stay away. first: writes are numbered from here on.
     """
 
@@ -194,12 +196,14 @@ class Coherence:
         now: float,
         *,
         store_late_s: float = 0.0,
+        before: Mapping[str, int] | None = None,
         first: int = 0,
     ) -> None:
         self._name = name
         self._static = membership is Membership.STATIC
         self._lease_s = lease_s
         self._store_late_s = math.inf if self._static else store_late_s
+        self._before = before
         self._next = first
         self._view = View(-1, ())
         self._heard_version = 0
@@ -286,7 +290,7 @@ class Coherence:
             if name not in self._outs:
                 # Who joins when we know of all others has nothing under way that we have not heard of, and knows us.
                 self._outs[name] = _Out(self._first_promise, met=self._complete)
-                self._ins[name] = _In(met=self._complete)
+                self._ins[name] = _In(met=self._complete, daemon=(self._before or {}).get(name))
         commands: list[Command] = []
         for name in [name for name in self._outs if name not in wanted]:
             del self._outs[name]
@@ -383,7 +387,8 @@ class Coherence:
 
     def _have(self, acknowledged: set[str], now: float) -> bool:
         return all(
-            name in acknowledged or (self._static and out.promised_until <= now) for name, out in self._outs.items()
+            name in acknowledged or out.resigned or (self._static and out.promised_until <= now)
+            for name, out in self._outs.items()
         )
 
     # --- our lines ------------------------------------------------------------------------------------------------------
@@ -396,7 +401,7 @@ class Coherence:
         for write in missed.values():
             out.skip(write.slots)
         under_way = tuple((n, write.slots) for n, write in self._writes.items() if n not in ending)
-        out.up = True
+        out.up, out.resigned = True, False
         out.hello_skipped = None if out.skipped is None else frozenset(out.skipped)
         out.hello_begun = frozenset(number for number, _ in under_way)
         out.hello_ended = frozenset(missed)
@@ -468,7 +473,8 @@ class Coherence:
             self._announced[name] = (hello.member, hello.version)
         commands = self._follow_wanted()
         inn = self._ins[name]
-        if self._static and hello.daemon != inn.daemon and not inn.clean:
+        anew = hello.daemon != inn.daemon and not inn.clean
+        if anew and (self._static or (self._before is not None and not inn.met)):
             commands.append(NewEpoch(f"{name} was started anew, and may have passed over this node before"))
         elif hello.skipped is None:
             commands.append(NewEpoch(f"{name} has passed over this node more often than it can tell"))
@@ -520,6 +526,19 @@ class Coherence:
         inn = self._ins[name]
         inn.clean = not inn.marks
         return []
+
+    def resigned(self, name: str, now: float) -> list[Command]:
+        """The member has ceased to trust."""
+        self._outs[name].resigned = True
+        return self._advance_all(now)
+
+    def resign(self) -> tuple[dict[str, int], list[Command]]:
+        """This daemon stops: from now on nobody need wait for it. Returns what the next one wants to know as `before`."""
+        self._complete = False
+        self._trusted_until = 0.0
+        heard = {name: inn.daemon for name, inn in self._ins.items() if inn.daemon is not None}
+        told: list[Command] = [Reply(name, wire.Resigned()) for name, inn in self._ins.items() if inn.up]
+        return heard, [Trust(0.0), *told]
 
     def left(self, name: str) -> None:
         """The member's line to us broke. What is marked stays so until it, or the view, says more."""

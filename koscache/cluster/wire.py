@@ -8,7 +8,7 @@ A line goes from the daemon that tells of its writes (W) to one that listens (A)
     A: Challenge(nonce a)
     W: Hello(who, nonce w, proof over both nonces, what A must know before anything else)
     A: Welcome(who, proof over both nonces)
-    W: Begin, End, Goodbye, Renewed, Ask        A: Ack, Renew, Said, View
+    W: Begin, End, Goodbye, Renewed, Ask, Ping  A: Ack, Renew, Resigned, Said, Pong; both: AskView, Viewed
 
 Invariant: nothing that comes before a proof that holds is acted upon. What comes after is not signed: whoever can change what
 two members say to each other in their network can do as he likes there.
@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import hmac
 from typing import Final
-
-import msgspec
 
 from koscache.cluster.view import Member, View
 from koscache.ipc import Message
@@ -101,6 +99,18 @@ class Goodbye(Message, frozen=True, tag=10):
     """This daemon stops, and no write of its node is under way."""
 
 
+class Resigned(Message, frozen=True, tag=15):
+    """This daemon stops, and its node has ceased to trust: pass over it, and tell its next Welcome what it missed."""
+
+
+class Ping(Message, frozen=True, tag=16):
+    """So that silence means something."""
+
+
+class Pong(Message, frozen=True, tag=17):
+    pass
+
+
 class AskView(Message, frozen=True, tag=11):
     """Yours is newer than mine."""
 
@@ -122,8 +132,8 @@ class Said(Message, frozen=True, tag=14):
     body: bytes
 
 
-ToListener = Hello | Begin | End | Renewed | Goodbye | AskView | Viewed | Ask
-ToWriter = Challenge | Welcome | Refused | Ack | Renew | AskView | Viewed | Said
+ToListener = Hello | Begin | End | Renewed | Goodbye | AskView | Viewed | Ask | Ping
+ToWriter = Challenge | Welcome | Refused | Ack | Renew | Resigned | AskView | Viewed | Said | Pong
 
 
 def proof(secret: bytes, kind: str, first: bytes, second: bytes, name: str, daemon: int) -> bytes:
@@ -135,8 +145,3 @@ def proof(secret: bytes, kind: str, first: bytes, second: bytes, name: str, daem
 
 def proves(given: bytes, secret: bytes, kind: str, first: bytes, second: bytes, name: str, daemon: int) -> bool:
     return hmac.compare_digest(given, proof(secret, kind, first, second, name, daemon))
-
-
-def unproven(member: Member, daemon: int) -> Hello:
-    """A Hello to be completed by msgspec.structs.replace."""
-    return Hello(PROTOCOL, member, daemon, 0, 0, 0, b"", b"", (), ())

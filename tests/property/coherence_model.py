@@ -56,6 +56,7 @@ class Node:
     stopped: bool = False
     dead: bool = False
     store_away: bool = False
+    before: dict[str, int] | None = None
 
 
 @dataclass
@@ -121,7 +122,8 @@ class Model:
             self.rows[name] = (member, self.now + MEMBER_LEASE_S)
         node = Node(
             name, member,
-            Coherence(name, self.membership, LEASE_S, self.now * rate, store_late_s=MEMBER_LEASE_S / 2),
+            Coherence(name, self.membership, LEASE_S, self.now * rate, store_late_s=MEMBER_LEASE_S / 2,
+                      before=old.before if old and old.dead else None),
             next(self.fresh), rate,
             old.values if old else [next(self.fresh) for _ in range(SLOTS)],
             [0] * SLOTS,
@@ -156,6 +158,25 @@ class Model:
         for write in self.writes:
             if write.node == name:
                 write.state = "orphan"  # the origin may still carry it out
+
+    def retire(self, node: Node) -> None:
+        """A daemon that is told to stop: its writes have ended, and it says so."""
+        if not self.runs(node.name) or any(write.node == node.name for write in self.writes):
+            return
+        before, commands = node.coherence.resign()
+        self.do(node, commands)
+        assert not self.trusted(node)
+        for (writer, listener), line in list(self.lines.items()):
+            if writer == node.name:
+                line.to_listener.append(wire.Goodbye())
+            while node.name in (writer, listener) and self.rng.random() < 0.9 and (writer, listener) in self.lines:
+                upstream = listener == node.name
+                if not self.queue((writer, listener), upstream):
+                    break
+                self.deliver(writer, listener, upstream)
+        self.crash(node.name)
+        node.before = before
+        self.count("retired")
 
     def expelled(self, node: Node) -> None:
         """What the hub does: nothing of the old incarnation goes on."""
@@ -217,6 +238,10 @@ class Model:
             commands = c.welcomed(other, message.version, now)
         elif isinstance(message, wire.Ack):
             commands = c.acknowledged(other, message, now)
+        elif isinstance(message, wire.Resigned):
+            commands = c.resigned(other, now)
+        elif isinstance(message, wire.Goodbye):
+            commands = c.goodbye(other)
         elif isinstance(message, wire.Renew):
             commands = c.renew(other, message.serial, now)
         elif isinstance(message, wire.Begin):
@@ -442,7 +467,7 @@ class Model:
         rng = self.rng
         name = rng.choice(list(self.nodes))
         node = self.nodes[name]
-        kind = rng.choice(["cut", "stop", "go", "go", "crash", "start", "start", "leap", "store"])
+        kind = rng.choice(["cut", "stop", "go", "go", "crash", "retire", "start", "start", "leap", "store"])
         if kind == "cut" and self.lines:
             self.cut(*rng.choice(list(self.lines)))
         elif kind == "stop":
@@ -451,6 +476,8 @@ class Model:
             node.stopped = False
         elif kind == "crash" and not node.dead:
             self.crash(name)
+        elif kind == "retire":
+            self.retire(node)
         elif kind == "start" and node.dead:
             self.start(name)
         elif kind == "leap":
