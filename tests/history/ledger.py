@@ -78,11 +78,13 @@ class Ledger:
                 self.commits[bucket, key].append(Commit(version.etag, bytes(body), began, time.monotonic()))
             return version
 
-        def watched_remove(bucket: str, key: str) -> None:
+        def watched_remove(bucket: str, key: str, version_id: str | None = None) -> Any:
+            assert version_id is None, "the ledger knows of no versions"
             with self._lock:
                 began = time.monotonic()
-                remove(bucket, key)
+                marker = remove(bucket, key)
                 self.commits[bucket, key].append(Commit(None, None, began, time.monotonic()))
+            return marker
 
         store.put, store.remove = watched_put, watched_remove
 
@@ -110,6 +112,19 @@ class Ledger:
             candidates = [-1, *(n for n, c in enumerate(history) if c.etag is None)]
         else:
             return f"status {read.status} is no answer to judge"
+        reasons = [self._too_old(read, history, n) for n in candidates]
+        return None if None in reasons else str(reasons[-1])
+
+    def listing_violation(self, place: Place, etag: str | None, began: float, ended: float) -> str | None:
+        """As violation, for one key of a listing: the ETag that it shows, None where it shows no such key."""
+        with self._lock:
+            history = list(self.commits[place])
+        candidates = [n for n, commit in enumerate(history) if commit.etag == etag]
+        if etag is None:
+            candidates = [-1, *candidates]
+        if not candidates:
+            return f"ETag {etag} was never at the origin"
+        read = Read(place, began, ended, 200, etag, b"", None, "")
         reasons = [self._too_old(read, history, n) for n in candidates]
         return None if None in reasons else str(reasons[-1])
 

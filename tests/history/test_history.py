@@ -56,10 +56,10 @@ async def history(directory: Path, operations: int, *, kills: bool) -> Workload:
     with origin.in_thread():
         ledger = Ledger(FRESHNESS_S)
         ledger.watch(origin.store)
-        work = Workload("", origin, ledger, seed())
+        work = Workload([], origin, ledger, seed())
         work.fill()
         with node(directory, origin.endpoint, SETTINGS) as one:
-            work.s3_url = one.s3_url
+            work.s3_urls = [one.s3_url]
             ended = asyncio.Event()
             spoiler = asyncio.create_task(_spoil(one, origin, random.Random(f"{work.seed} spoiler"), ended, kills))
             try:
