@@ -7,7 +7,7 @@
 # /var/lib/kos. Uid 10001 reads the one and writes the other. /tmp must be writable: metrics of the processes are kept there.
 #
 # `kos up` as the first process reaps its own children and passes signals on; it needs no init. Give it as long to stop
-# as limits.drain says, and some: docker stop --time 30.
+# as limits.drain says, and some: docker stop --time 30. In Kubernetes: configs/k8s.
 
 ARG PYTHON=3.12
 
@@ -39,7 +39,7 @@ RUN groupadd --system --gid 10001 kos \
 ENV PATH=/opt/kos/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 VOLUME /var/lib/kos
-EXPOSE 9000 9001 9002 9443
+EXPOSE 9000 9001 9002 9003 9443
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["kos", "status"]
 ENTRYPOINT []
