@@ -36,7 +36,8 @@ REQUESTS: Final = Counter(
 BYTES: Final = Counter(
     "kos_bytes_total",
     "Bytes of object bodies. source: hit (from this node's store), fill (to clients while filling), "
-    "origin (received from the origin), client (received from clients)",
+    "origin (received from the origin), client (received from clients), peer (received from other nodes), "
+    "peer_out (sent to other nodes)",
     ["source"],
 )
 ORIGIN_REQUESTS: Final = Counter(
@@ -49,6 +50,54 @@ ORIGIN_SECONDS: Final = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 ORIGIN_ERRORS: Final = Counter("kos_origin_errors_total", "Requests that the origin did not answer", ["reason"])
+PEER_REQUESTS: Final = Counter(
+    "kos_peer_requests_total",
+    "Questions to other nodes. path: object, block, checksum, ahead. result: answered, declined (it said why not), "
+    "failed (no answer), broken (besides answered: its body broke off), lost (another node was faster, or nobody waits), "
+    "busy (too many connections to it)",
+    ["path", "result"],
+)
+PEER_HEDGES: Final = Counter(
+    "kos_peer_hedges_total", "Questions that were asked of a second node because the first was slow", ["path"]
+)
+PEER_HEAD_SECONDS: Final = Histogram(
+    "kos_peer_head_seconds",
+    "Time from the question to the head of another node's answer",
+    ["path"],
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
+)
+PEER_ANSWERS: Final = Counter(
+    "kos_peer_answers_total",
+    "Questions of other nodes that were answered. path: object, block, checksum, ahead, none. lane: fast, slow",
+    ["path", "status", "lane"],
+)
+# The daemon alone knows these of the cluster.
+CLUSTER_MEMBERS: Final = Gauge(
+    "kos_cluster_members", "Members of the cluster, as this node knows them", multiprocess_mode="livemostrecent"
+)
+CLUSTER_TROUBLED: Final = Gauge(
+    "kos_cluster_troubled", "Members that this node has no line to or from", multiprocess_mode="livemostrecent"
+)
+CLUSTER_TRUSTED: Final = Gauge(
+    "kos_cluster_trusted",
+    "1 while records may be used without asking the origin, 0 while each must be confirmed",
+    multiprocess_mode="livemostrecent",
+)
+CLUSTER_WRITES_WAITING: Final = Gauge(
+    "kos_cluster_writes_waiting", "Writes that not all nodes have heard of yet", multiprocess_mode="livemostrecent"
+)
+CLUSTER_WRITE_SECONDS: Final = Histogram(
+    "kos_cluster_write_seconds",
+    "Time from the end of a write until all nodes have heard of it",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+CLUSTER_WRITES_REFUSED: Final = Counter(
+    "kos_cluster_writes_refused_total", "Writes that not all nodes had heard of in time: answered 503"
+)
+CLUSTER_EXPELLED: Final = Counter("kos_cluster_expelled_total", "Members that this node has expelled")
+CLUSTER_EPOCHS: Final = Counter(
+    "kos_cluster_epochs_total", "Times that this node had every record confirmed, as it may have missed something"
+)
 FILLS_IN_FLIGHT: Final = Gauge(
     "kos_fills_in_flight", "Blocks being filled by this process", multiprocess_mode="livesum"
 )
@@ -130,11 +179,12 @@ class FastCounts:
 #: for everybody who counts per request; a process that uses them runs flush_forever
 REQUEST_COUNTS: Final = FastCounts(REQUESTS)
 BYTE_COUNTS: Final = FastCounts(BYTES)
+PEER_REQUEST_COUNTS: Final = FastCounts(PEER_REQUESTS)
+PEER_ANSWER_COUNTS: Final = FastCounts(PEER_ANSWERS)
+_FAST_COUNTS: Final = (REQUEST_COUNTS, BYTE_COUNTS, PEER_REQUEST_COUNTS, PEER_ANSWER_COUNTS)
 
 
-async def flush_forever(
-    clock: Clock, every_s: float = 1.0, counts: Iterable[FastCounts] = (REQUEST_COUNTS, BYTE_COUNTS)
-) -> None:
+async def flush_forever(clock: Clock, every_s: float = 1.0, counts: Iterable[FastCounts] = _FAST_COUNTS) -> None:
     """Carry over fast counts until cancelled, and once more then: a process that drains loses no count."""
     counts = tuple(counts)
     try:

@@ -17,9 +17,11 @@ from aiohttp.http import HttpVersion11
 from aiohttp.web_request import BaseRequest
 
 from kos import metrics
+from kos.errors import OriginBroken
 from kos.s3.head import RequestHead, headers_from_raw
 from kos.s3.object_response import render_head
 from kos.s3.operation import Operation
+from koscache.carrier import StreamPiece
 from kosproxy.access_log import UNKNOWN, Line, printable, time_text
 from kosproxy.parts import Parts
 from kosproxy.relay import Slice
@@ -28,6 +30,8 @@ from kosproxy.server import Connection
 
 #: Up to here head and body are copied together into one write; above, two writes cost less than the copy.
 _JOIN_BYTES: Final = 64 * 1024
+#: Of a stream that has to be seen: read, encrypted and sent at once.
+COPY_BYTES: Final = 64 * 1024
 
 Header = tuple[str, str]
 
@@ -144,6 +148,42 @@ class Exchange:
             await relay.send(head, (piece,))
         finally:
             self.sent_bytes += max(0, relay.sent_bytes - len(head))
+
+    async def stream(self, piece: StreamPiece) -> None:
+        """What another node sends, as part of the body. When that node breaks off nothing is raised: see StreamPiece; as
+        long as nothing has left, the head has not either."""
+        assert not self._chunked
+        if self.connection.socket is None:
+            await self._copy(piece)
+            return
+        splicer = self.connection.splicer()
+        await self.connection.settle()
+        head, self._pending = self._pending, b""
+        try:
+            await splicer.send(head, piece, self._leaving)
+        finally:
+            self.sent_bytes += piece.taken
+            if head and splicer.head_left == len(head):
+                self._pending = head
+
+    async def _copy(self, piece: StreamPiece) -> None:
+        """A stream whose bytes have to be seen."""
+        while piece.taken < piece.length:
+            try:
+                data = await piece.stream.receive(min(piece.length - piece.taken, COPY_BYTES))
+            except OriginBroken as broken:
+                piece.failure = broken
+                return
+            await self.write(data)
+            piece.taken += len(data)
+
+    def leave(self) -> None:
+        """Let the head go now, if it has not gone yet: the first byte may take long. No await."""
+        head, self._pending = self._pending, b""
+        transport = self.connection.transport
+        if head and transport is not None:
+            self._leaving()
+            transport.write(head)
 
     async def finish(self) -> None:
         """The body is complete."""

@@ -126,19 +126,20 @@ class Relay(Sender):
         "_loop",
         "_position",
         "_slices",
-        "_socket",
         "_thread",
         "_watching",
         "busy",
         "moved_at",
         "sent_bytes",
+        "socket",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connection: socket.socket, executor: Executor) -> None:
         """connection: the transport's socket, duplicated here; executor: for reads that wait for the disk."""
         self._loop = loop
         self._executor = executor
-        self._socket = socket.socket(
+        #: the duplicate; whoever else watches it (kosproxy.splicing) is closed before this relay
+        self.socket = socket.socket(
             connection.family, connection.type, connection.proto, fileno=os.dup(connection.fileno())
         )
         self._head: bytes | memoryview = b""
@@ -193,7 +194,7 @@ class Relay(Sender):
         if self.busy:
             self.abort(RelayFailed("the client is gone"))
         if not self.busy:
-            self._socket.close()
+            self.socket.close()
 
     def _turn(self) -> None:
         try:
@@ -207,11 +208,11 @@ class Relay(Sender):
             self._finish(None)
         elif self._thread is None and not self._watching:
             self._watching = True
-            self._loop.add_writer(self._socket.fileno(), self._turn)
+            self._loop.add_writer(self.socket.fileno(), self._turn)
 
     def _send_some(self) -> bool:
         """Send until all is sent (True), the socket is full, the turn is over or a thread was started (False)."""
-        out = self._socket
+        out = self.socket
         if self._head:
             taken = out.send(self._head, socket.MSG_MORE if self._slices else 0)
             self._moved(taken)
@@ -271,20 +272,20 @@ class Relay(Sender):
             self._finish(failure)
         elif thread.result() == _FULL:
             self._watching = True
-            self._loop.add_writer(self._socket.fileno(), self._turn)
+            self._loop.add_writer(self.socket.fileno(), self._turn)
         else:
             self._turn()
 
     def _finish(self, failure: BaseException | None) -> None:
         if self._watching:
             self._watching = False
-            self._loop.remove_writer(self._socket.fileno())
+            self._loop.remove_writer(self.socket.fileno())
         self.busy = False
         self._head = b""
         self._slices = ()
         done, self._done = self._done, None
         if self._closed:
-            self._socket.close()
+            self.socket.close()
         assert done is not None
         done(failure)
 

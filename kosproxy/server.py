@@ -31,6 +31,7 @@ from kos.config import Limits
 from kos.errors import S3Error
 from kosproxy.copying import PIECE_BYTES, Copier
 from kosproxy.relay import Relay
+from kosproxy.splicing import Pipes, Splicer
 
 _HEAD_END: Final = b"\r\n\r\n"
 #: Fields of one head, and bytes of one: together at most 2 MiB of a head that is pipelined behind a running request
@@ -91,6 +92,7 @@ class Connection(RequestHandler):
         "_head_since",
         "_held",
         "_relay",
+        "_splicer",
         "_stuck_bytes",
         "_waiting_since",
         "_wire",
@@ -109,6 +111,7 @@ class Connection(RequestHandler):
         self._head_since = 0.0
         self._held = bytearray()
         self._relay: Relay | Copier | None = None
+        self._splicer: Splicer | None = None
         self._discarding = False
         self._discarded_bytes = 0
         self._drained: asyncio.Future[None] | None = None
@@ -144,6 +147,14 @@ class Connection(RequestHandler):
             else:
                 self._relay = Copier(self._loop, self, self._edge.threads, self._edge.copy_buffer)
         return self._relay
+
+    def splicer(self) -> Splicer:
+        """What sends another node's bytes on this connection, made when first needed. Only where there is a socket."""
+        if self._splicer is None:
+            relay = self.relay()
+            assert isinstance(relay, Relay), "TLS is copied"
+            self._splicer = Splicer(self._loop, relay.socket, self._edge.pipes)
+        return self._splicer
 
     async def send(self, data: bytes | memoryview) -> None:
         """Write through the transport and wait until the kernel has all of it. ConnectionError: the client is gone."""
@@ -205,6 +216,8 @@ class Connection(RequestHandler):
         self._held.clear()
         self._end_discarding()
         super().connection_lost(exc)
+        if self._splicer is not None:
+            self._splicer.close()  # before the relay, whose socket it watches
         if self._relay is not None:
             self._relay.close()
 
@@ -349,6 +362,8 @@ class Connection(RequestHandler):
             self.refuse(S3Error("RequestTimeout"))
         if self._relay is not None and self._relay.silent_s(now) > limits.send_timeout_s:
             self._give_up()
+        if self._splicer is not None and self._splicer.silent_s(now) > limits.send_timeout_s:
+            self._give_up()
         if self._waiting_since and self._wire is not None:
             left = self._wire.get_write_buffer_size()
             if left != self._stuck_bytes:
@@ -387,8 +402,11 @@ class Handshake(Protocol):
 class Edge(Server):
     """The listening side of one worker: makes connections, looks after their clocks, drains them."""
 
-    def __init__(self, lanes: Lanes, limits: Limits, threads: Executor, turned_away: bytes) -> None:
-        """turned_away: the whole response for a connection too many. threads: for file reads that wait for the disk."""
+    def __init__(
+        self, lanes: Lanes, limits: Limits, threads: Executor, turned_away: bytes, *, field_bytes: int = _FIELD_BYTES
+    ) -> None:
+        """turned_away: the whole response for a connection too many. threads: for file reads that wait for the disk.
+        field_bytes: of one field of a head."""
         super().__init__(
             self._handle,
             handler_cancellation=True,
@@ -403,11 +421,12 @@ class Edge(Server):
         self.handshakes: set[Handshake] = set()
         #: for all copiers: nothing else runs between filling and sending it
         self.copy_buffer = memoryview(bytearray(PIECE_BYTES))
+        self.pipes = Pipes()
         self._options: dict[str, Any] = {
             "keepalive_timeout": limits.keepalive_s,
             "access_log": None,
             "max_line_size": limits.header_bytes,
-            "max_field_size": min(limits.header_bytes, _FIELD_BYTES),
+            "max_field_size": min(limits.header_bytes, field_bytes),
             "max_headers": _FIELDS_MAX,
             "lingering_time": min(_DISCARD_S, limits.body_timeout_s),
             "read_bufsize": limits.relay_buffer_bytes,
@@ -458,6 +477,7 @@ class Edge(Server):
             assert isinstance(connection, Connection)
             connection.drop()
         await self.shutdown(1.0)
+        self.pipes.close()
 
 
 def _as_s3_error(error: BaseException) -> S3Error:

@@ -38,6 +38,7 @@ from koscache.carrier.types import (
     Piece,
     Reason,
     Sight,
+    StreamPiece,
     Want,
 )
 from koscache.content import Freshness, Record, version_name
@@ -57,6 +58,7 @@ __all__ = [
     "Reason",
     "Record",
     "Sight",
+    "StreamPiece",
     "Want",
     "version_name",
 ]

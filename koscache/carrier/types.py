@@ -9,11 +9,13 @@ Invariant: a piece is bytes of exactly one version of the object, the version th
 from __future__ import annotations
 
 import enum
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kos.config import Rule
-from kos.errors import KosError
+from kos.errors import KosError, OriginBroken
 from kos.s3.ranges import RangeSpec
 from koscache.carrier.ticket import Ticket
 from koscache.content import Freshness, Location, Record
@@ -93,7 +95,53 @@ class BytesPiece(NamedTuple):
     data: bytes
 
 
-Piece = FilePiece | BytesPiece
+class Stream(Protocol):
+    """A body on its way from another node, as whoever takes a StreamPiece sees it: what is here already, and the socket that
+    the rest comes to. The socket does not block; take no more of it than the piece has, and say so by took()."""
+
+    @property
+    def socket(self) -> socket.socket: ...
+
+    @property
+    def timeout_s(self) -> float:
+        """For so long nothing may come."""
+
+    def early(self, limit: int) -> bytes:
+        """At most limit bytes that are here already and come before those of the socket. Each is given out once."""
+
+    def took(self, count: int) -> None:
+        """So many bytes were taken from the socket."""
+
+    def watch(self, readable: Callable[[], None] | None) -> None:
+        """Call it from now on whenever the socket has something to say, its end included. None: no more."""
+
+    def expect(self, count: int) -> None:
+        """No need to call before so many bytes are there, or the end: a hint, only heeded where they are sure to come soon."""
+
+    async def receive(self, limit: int) -> bytes:
+        """The next bytes, from wherever they come; at least one, at most limit. OriginBroken: there will be none."""
+
+    def broken(self, reason: str) -> OriginBroken:
+        """It cannot be gone on with: closes the connection. What to tell others."""
+
+
+@dataclass(slots=True, eq=False)
+class StreamPiece:
+    """`length` bytes that another node is sending. They are to be spliced from its socket, or read as bytes where they
+    have to be seen.
+
+    Afterwards taken says how many of them were delivered. If they are not all because the other node broke off or stalled,
+    failure says why, and nothing was raised: whoever gave out the piece may go on from another source. If they are not all
+    because their taker is gone, that was raised.
+    """
+
+    stream: Stream
+    length: int
+    taken: int = 0
+    failure: OriginBroken | None = None
+
+
+Piece = FilePiece | BytesPiece | StreamPiece
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from kos.s3.head import RequestHead
 from kos.s3.object_response import Part
 from kos.s3.operation import Operation
 from kos.s3.sigv4 import Identity
-from koscache.carrier import Changed, FilePiece, Opened, Phase, Reason, Want, version_name
+from koscache.carrier import Changed, FilePiece, Opened, Phase, Reason, StreamPiece, Want, version_name
 from kosproxy.exchange import Exchange
 
 #: An object that changes faster than it can be opened this often is answered with "try again".
@@ -122,6 +122,8 @@ async def send(exchange: Exchange, operation: Operation, opened: Opened, part: P
         async for piece in body:
             if isinstance(piece, FilePiece):
                 await exchange.relay(piece)
+            elif isinstance(piece, StreamPiece):
+                await exchange.stream(piece)
             else:
                 await exchange.write(piece.data)
         await exchange.finish()
