@@ -120,8 +120,18 @@ def test_a_refused_link_resets_old_and_new_connections(counter: Counter, relay: 
         relay.set_link("a", "b", "refused")
         with pytest.raises(ConnectionResetError):
             before.recv(1)
-    with connect(port) as after, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), connect(port) as after:
         after.recv(1)
+
+
+def test_one_address_for_several_is_whichever_lets_in(counter: Counter, relay: Relays) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = relay.listen("127.0.0.1", 0, "any", [nobody.getsockname(), counter.at])
+        for _ in range(4):
+            with connect(port) as connection:
+                send(connection, 7)
+                assert connection.recv(100) == b"7"
 
 
 def test_faults_are_of_one_link_only(counter: Counter, relay: Relays) -> None:

@@ -37,6 +37,8 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from prometheus_client.parser import text_string_to_metric_families
 
+from koscache.disk import OsDisk
+from koscache.index import Environment, decode_location, index_path, read_pointer
 from koscli.demo.processes import running, saw_line, tail
 from tests.conditions import eventually
 from tests.fakes.generated import Generated
@@ -185,6 +187,14 @@ class ClusterNode(Node):
             return []
         return [self.process.pid, *(child.pid for child in children)]
 
+    def _children(self, package: str) -> list[int]:
+        found = []
+        for pid in self.pids()[1:]:
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if any(package in word for word in psutil.Process(pid).cmdline()):
+                    found.append(pid)
+        return found
+
     # -- requests ----------------------------------------------------------------------------------------------------
 
     @functools.cached_property
@@ -261,6 +271,20 @@ class ClusterNode(Node):
                 if sample.name == name and labels.items() <= sample.labels.items():
                     total += sample.value
         return total
+
+    def stored_bytes(self) -> int:
+        """The sum of the lengths of all blocks that its index has."""
+        directory = self.config["cache"]["dir"]
+        pointer = read_pointer(OsDisk(), directory)
+        assert pointer is not None, f"{directory} has no index"
+        path = index_path(directory, pointer.index)
+        environment = Environment.attach(path, pointer.map_bytes, writable=False)
+        try:
+            with environment.read() as txn:
+                found = [decode_location(key, value) for key, value in txn.cursor(environment.blocks)]
+        finally:
+            environment.detach()
+        return sum(location.length for location in found if location is not None)
 
     def cluster_status(self) -> dict[str, Any]:
         return dict(self.admin("/v1/cluster/status"))

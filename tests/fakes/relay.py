@@ -39,8 +39,8 @@ CONNECT_TIMEOUT_S: Final = 10.0
 COMMAND_TIMEOUT_S: Final = 20.0
 COMMAND_BYTES_MAX: Final = 1 << 20
 
-#: HOST and PORT, or the path of a unix socket.
-Target = tuple[str, int] | str
+#: HOST and PORT, the path of a unix socket, or several of the first kind: whichever lets a connection in, in turn.
+Target = tuple[str, int] | str | list[tuple[str, int]]
 
 
 class Link:
@@ -227,7 +227,7 @@ class Pair:
                 if isinstance(to, str):
                     await loop.create_unix_connection(lambda: down, to)
                 else:
-                    await loop.create_connection(lambda: down, *to)
+                    await self._dial_one_of(down, [to] if isinstance(to, tuple) else to)
         except (OSError, TimeoutError):
             self._abort()
             return
@@ -237,6 +237,16 @@ class Pair:
         elif self.link is not None and self.link.state == "silent":
             down.stop("silent")
         self.up.go("no target yet")
+
+    async def _dial_one_of(self, down: Way, targets: list[tuple[str, int]]) -> None:
+        for left in reversed(range(len(targets))):
+            self.relay.turn += 1
+            try:
+                await self.relays.loop.create_connection(lambda: down, *targets[self.relay.turn % len(targets)])
+                return
+            except ConnectionRefusedError:
+                if not left:
+                    raise
 
     def lost(self) -> None:
         """An end is gone: so goes the other, once it was given what was on its way; not over a link that is silent."""
@@ -280,6 +290,7 @@ class _Relay:
 
     def __init__(self, target: str, to: Target, source: str | None) -> None:
         self.target, self.to, self.source = target, to, source
+        self.turn = 0
 
 
 class _Process:
@@ -320,7 +331,9 @@ class _Process:
         return {"links": [[e.source, e.target, len(e.pairs), e.bytes_passed] for e in self._links.values()]}
 
     async def _listen(self, host: str, port: int, target: str, to: Any, source: str | None) -> dict[str, Any]:
-        relay = _Relay(target, to if isinstance(to, str) else (to[0], to[1]), source)
+        if isinstance(to, list):
+            to = (to[0], to[1]) if isinstance(to[0], str) else [(at[0], at[1]) for at in to]
+        relay = _Relay(target, to, source)
         server = await self.loop.create_server(lambda: Pair(self, relay).up, host, port, backlog=1024)
         return {"port": server.sockets[0].getsockname()[1]}
 

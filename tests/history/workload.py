@@ -36,13 +36,14 @@ OPERATION_TIMEOUT_S = 40.0
 WEIGHTS = {"get": 50, "range": 25, "put": 9, "delete": 2, "leave": 4, "behind": 10}
 #: The same, with everything that changes an object and with listings.
 ALL_WEIGHTS = {**WEIGHTS, "multipart": 3, "copy": 3, "delete_many": 1, "listing": 6}
+_CHANGES = ("put", "delete", "multipart", "copy", "delete_many")
 SIZES = (0, 1, 500, 9_000, 16_384, 16_385, 65_535, 65_536, 65_537, 200_000, 400_000)
 
 
 @dataclass
 class Workload:
     """One run. s3_urls: of the nodes, when it runs. freshness of a bucket decides whether it may be overwritten in behind
-    kos' back."""
+    kos' back. read_everywhere: each write is followed at once by a read through every node."""
 
     s3_urls: list[str]
     origin: Any
@@ -50,8 +51,13 @@ class Workload:
     seed: int
     keys_per_bucket: int = 12
     weights: dict[str, int] = field(default_factory=lambda: dict(WEIGHTS))
+    read_everywhere: bool = False
     violations: list[str] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
+    #: the longest operation of each kind, in seconds
+    longest: dict[str, float] = field(default_factory=dict)
+    #: operations that came to an end, whatever the answer
+    done: int = 0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -79,6 +85,10 @@ class Workload:
             for n in range(clients):
                 group.create_task(self._client(session, random.Random(f"{self.seed} {n}")), name=f"client {n}")
 
+    def stop(self) -> None:
+        """Let run() come to its end: what has begun is finished, nothing else begins."""
+        self._remaining = 0
+
     async def _client(self, session: aiohttp.ClientSession, rng: random.Random) -> None:
         places = self.places()
         while self._remaining > 0 and not self.violations:
@@ -86,22 +96,34 @@ class Workload:
             # A few keys are hot, so that operations on one key overlap.
             place = places[min(int(rng.expovariate(6.0) * len(places)), len(places) - 1)]
             kind = rng.choices(list(self.weights), weights=list(self.weights.values()), k=1)[0]
+            began = time.monotonic()
             try:
                 await getattr(self, f"_{kind}")(session, rng, place)
                 self.outcomes[kind] += 1
+                self.longest[kind] = max(self.longest.get(kind, 0.0), time.monotonic() - began)
+                self.done += 1
+                if self.read_everywhere and kind in _CHANGES:
+                    await asyncio.gather(*(self._read(session, rng, place, None, at) for at in self.s3_urls))
             except aiohttp.ClientConnectorError:
                 # No worker listens just now: that is no operation, and asking in a tight loop would only slow their start.
                 self.outcomes["refused"] += 1
-                self._remaining += 1
+                self._remaining += self._remaining > 0
                 await asyncio.sleep(0.05)
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as broken:
                 self.outcomes[f"{kind} broken: {type(broken).__name__}"] += 1
             except TimeoutError:
                 self.violations.append(f"{kind} {place} did not end within {OPERATION_TIMEOUT_S} s")
 
-    def _url(self, rng: random.Random, method: str, place: Place, **query: str) -> URL:
-        """Of any node."""
-        base = rng.choice(self.s3_urls)
+    def _url(
+        self,
+        rng: random.Random,
+        method: str,
+        place: Place,
+        query: dict[str, str] | None = None,
+        base: str | None = None,
+    ) -> URL:
+        """base: of which node; of any without it."""
+        base = base or rng.choice(self.s3_urls)
         asked = "?" + urlencode(query, quote_via=quote) if query else ""
         # Mostly the same URL again, as a job does that was handed a list of them; now and then a new one.
         named = (base, method, *place, asked)
@@ -112,7 +134,7 @@ class Workload:
         request = AWSRequest(method=method, url=base + path + asked)
         S3SigV4QueryAuth(self._auth_credentials, "s3", "us-east-1", expires=3600).add_auth(request)
         url = URL(request.url, encoded=True)
-        if "uploadId" not in query:
+        if "uploadId" not in asked:
             self._urls[named] = url
         return url
 
@@ -127,10 +149,15 @@ class Workload:
         await self._read(session, rng, place, (start, start + rng.choice([1, 100, 2_000, 70_000, 300_000])))
 
     async def _read(
-        self, session: aiohttp.ClientSession, rng: random.Random, place: Place, wanted: tuple[int, int] | None
+        self,
+        session: aiohttp.ClientSession,
+        rng: random.Random,
+        place: Place,
+        wanted: tuple[int, int] | None,
+        base: str | None = None,
     ) -> None:
         headers = {} if wanted is None else {"Range": f"bytes={wanted[0]}-{wanted[1] - 1}"}
-        url = self._url(rng, "GET", place)
+        url = self._url(rng, "GET", place, base=base)
         began = time.monotonic()
         async with session.get(url, headers=headers) as answer:
             body = await answer.read()
@@ -174,7 +201,7 @@ class Workload:
 
     async def _multipart(self, session: aiohttp.ClientSession, rng: random.Random, place: Place) -> None:
         """An upload in parts, each of its requests through any node."""
-        async with session.post(self._url(rng, "POST", place, uploads="")) as answer:
+        async with session.post(self._url(rng, "POST", place, {"uploads": ""})) as answer:
             made = await answer.text()
         self.outcomes[f"create upload {answer.status}"] += 1
         if answer.status != 200:
@@ -183,7 +210,7 @@ class Workload:
         parts = []
         for number in range(1, rng.randrange(1, 3) + 1):
             query = {"partNumber": str(number), "uploadId": upload_id}
-            async with session.put(self._url(rng, "PUT", place, **query), data=self._next_body(place, rng)) as answer:
+            async with session.put(self._url(rng, "PUT", place, query), data=self._next_body(place, rng)) as answer:
                 await answer.read()
             if answer.status != 200:
                 self.outcomes[f"part {answer.status}"] += 1
@@ -191,7 +218,7 @@ class Workload:
             parts.append(f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(answer.headers['ETag'])}</ETag></Part>")
         document = f"<CompleteMultipartUpload>{''.join(parts)}</CompleteMultipartUpload>"
         began = time.monotonic()
-        async with session.post(self._url(rng, "POST", place, uploadId=upload_id), data=document) as answer:
+        async with session.post(self._url(rng, "POST", place, {"uploadId": upload_id}), data=document) as answer:
             done = await answer.text()
         self.outcomes[f"complete {answer.status}"] += 1
         self._acknowledge_document(place, done, began)
@@ -223,7 +250,7 @@ class Workload:
         document = f"<Delete>{objects}</Delete>".encode()
         headers = {"Content-MD5": base64.b64encode(hashlib.md5(document).digest()).decode()}
         began = time.monotonic()
-        url = self._url(rng, "POST", (place[0], ""), delete="")
+        url = self._url(rng, "POST", (place[0], ""), {"delete": ""})
         async with session.post(url, data=document, headers=headers) as answer:
             done = await answer.read()
         self.outcomes[f"delete many {answer.status}"] += 1
@@ -235,7 +262,7 @@ class Workload:
 
     async def _listing(self, session: aiohttp.ClientSession, rng: random.Random, place: Place) -> None:
         """All keys of the bucket, each judged as a read of its ETag, and those that are not there as a read that finds none."""
-        url = self._url(rng, "GET", (place[0], ""), **{"list-type": "2", "encoding-type": "url"})
+        url = self._url(rng, "GET", (place[0], ""), {"list-type": "2", "encoding-type": "url"})
         began = time.monotonic()
         async with session.get(url) as answer:
             page = await answer.read()
