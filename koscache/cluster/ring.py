@@ -103,9 +103,7 @@ class Ring:
         group, at = divmod(number, GROUP)
         home = "" if group else self.owners(bucket, key, 1)[0]
         first = self._placed(content, group, max(STAGE, 1 << at.bit_length()), home)[at]
-        order = self._order(_block_name(content, number))
-        full = list(takewhile(lambda name: name != first, order))
-        return tuple(islice(chain((first,), order, full), count))
+        return tuple(islice(chain((first,), self._after(first, _block_name(content, number))), count))
 
     def _points(self) -> list[tuple[int, str]]:
         """The circle, in order. Members go in by name, so that the same one wins where two have a point in one place."""
@@ -135,6 +133,13 @@ class Ring:
                 yield names[at]
             at = (at + 1) % len(places)
             heapreplace(walks, ((places[at] - start) & _CIRCLE, at, start))
+
+    def _after(self, first: str, name: bytes) -> Iterator[str]:
+        """The other nodes in the name's order, from behind `first` on; those before it were full."""
+        order = self._order(name)
+        before = list(takewhile(lambda each: each != first, order))
+        yield from order
+        yield from before
 
     def _placed(self, content: bytes, group: int, stage: int, home: str) -> tuple[str, ...]:
         """The nodes of the first `stage` blocks of a group. home: of block 0; "" unless that is in the group."""
