@@ -48,15 +48,15 @@ POINTS_MIN: Final = 16
 #: Places on the circle that a name has.
 PROBES: Final = 3
 #: Blocks that are placed with regard to each other, and the length of the first stage; each later stage ends at twice as many.
-GROUP: Final = 256
+GROUP: Final = 512
 STAGE: Final = 16
 #: How many blocks of a stage a node may have above its share, before rounding: nodes²/SLACK_DIVISOR, at most SLACK_MAX. Less
 #: makes shares more even and moves more blocks when members change. Few nodes have large shares, which need little slack.
 SLACK_DIVISOR: Final = 64
 SLACK_MAX: Final = 2
-#: What is remembered of earlier look-ups: owners of keys; stages, of 2 KiB at most.
+#: What is remembered of earlier look-ups: owners of keys; stages, of 4 KiB at most.
 _KEYS_KEPT: Final = 16384
-_STAGES_KEPT: Final = 1024
+_STAGES_KEPT: Final = 512
 
 _CIRCLE: Final = (1 << 64) - 1
 

@@ -16,7 +16,7 @@ names = st.text("abcdefghij0123456789.-", min_size=1, max_size=12)
 weights = st.integers(1, 1_000_000)
 keys = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
 contents = st.binary(min_size=16, max_size=16)
-numbers = st.integers(0, 700) | st.integers(0, 2**40)
+numbers = st.integers(0, 1500) | st.integers(0, 2**40)
 
 
 def member(name: str, weight: int = 100, state: MemberState = MemberState.ACTIVE) -> Member:
