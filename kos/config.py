@@ -49,6 +49,7 @@ from kos.config_values import (
     count,
     count_or_auto,
     duration,
+    show_duration,
     show_freshness,
     show_size,
     size,
@@ -219,7 +220,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: Annotated[float, Key(duration(0.2, 60), "lease")] = 2.0
     member_lease_s: Annotated[float, Key(duration(1, 600), "member_lease")] = 15.0
     heartbeat_s: Annotated[float, Key(duration(0.1, 60), "heartbeat")] = 3.0
-    write_wait_s: Annotated[float, Key(duration(0.1, 600), "write_wait")] = 20.0
+    write_wait_s: Annotated[float, Key(duration(0.1, 600), "write_wait")] = 40.0
     connections: Annotated[int, Key(count(1, 1024))] = 32
     connect_timeout_s: Annotated[float, Key(duration(0.01, 60), "connect_timeout")] = 1.0
     read_timeout_s: Annotated[float, Key(duration(0.05, 600), "read_timeout")] = 10.0
@@ -409,14 +410,18 @@ _SECRET_LEAST: Final = 16
 def _check_cluster(config: Config) -> Iterator[Complaint]:
     cluster, members = config.cluster, config.members
     if members and cluster.membership != "static":
-        yield Complaint(("members",), f"a list, and cluster.membership {cluster.membership}", "a list only beside static")
+        yield Complaint(
+            ("members",), f"a list, and cluster.membership {cluster.membership}", "a list only beside static"
+        )
     if not cluster.enabled:
         return
     if cluster.secret is None or len(cluster.secret) < _SECRET_LEAST:
         found = "nothing" if cluster.secret is None else f"{len(cluster.secret)} characters"
         yield Complaint(("cluster", "secret"), found, f"at least {_SECRET_LEAST} characters, the same on every node")
     if not config.cache.enabled:
-        yield Complaint(("cache", "enabled"), "false, in a cluster", "true: a node without a store has nothing to share")
+        yield Complaint(
+            ("cache", "enabled"), "false, in a cluster", "true: a node without a store has nothing to share"
+        )
     if cluster.heartbeat_s * 3 > cluster.member_lease_s:
         found = f"{show_duration(cluster.heartbeat_s)} with member_lease {show_duration(cluster.member_lease_s)}"
         yield Complaint(("cluster", "heartbeat"), found, "at most a third of member_lease, so that two may be lost")
@@ -430,8 +435,11 @@ def _check_cluster(config: Config) -> Iterator[Complaint]:
         yield Complaint(("members",), f"no member {cluster.name!r}", "this node's own cluster.name among them")
     host, _ = split_address(config.listen.peer)
     if host in ("0.0.0.0", "::") and cluster.membership == "control" and cluster.advertise is None:
-        yield Complaint(("cluster", "advertise"), f"nothing, and listen.peer {config.listen.peer}",
-                        "the host at which other nodes reach this one")
+        yield Complaint(
+            ("cluster", "advertise"),
+            f"nothing, and listen.peer {config.listen.peer}",
+            "the host at which other nodes reach this one",
+        )
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -1,6 +1,6 @@
 """The daemon of a node: hears the workers, decides by the lease table, has the store's thread carry it out.
 
-Owns: the socket, one session per worker, carrying out the commands of koscache.leases, telling all workers of evictions
+Owns: the sockets, one session per worker, carrying out the commands of koscache.leases, telling all workers of evictions
 and of caching off and on, and what a worker leaves behind when it dies. Does not own: decisions about leases (leases), the
 store's thread (keeper), any byte of an object but small ones on their way into the store.
 
@@ -27,9 +27,13 @@ from typing import Any, Final
 from kos import metrics
 from kos.clock import Clock
 from kos.config import Config
-from kos.errors import ConfigError
+from kos.errors import ConfigError, KosError
+from kos.node import ports
 from kos.tasks import Tasks, TasksClosed
 from koscache import ipc
+from koscache.cluster.hub import Hub
+from koscache.cluster.operations import Operations
+from koscache.cluster.view import View
 from koscache.content import Commit, Small
 from koscache.disk import StoreFailed
 from koscache.fence import Fence
@@ -48,23 +52,37 @@ _SOCKET_BACKLOG: Final = 256
 _STATS_EVERY_TICKS: Final = 5
 
 
+def _ignore(_: str) -> None:
+    """Nobody asked to be told."""
+
+
 @dataclass(slots=True, eq=False)
 class _Session:
-    """One worker. writes: by token, the fence slots of writes that it has begun and not ended."""
+    """One worker, or the admin port. writes: by token, the fence slots of writes that it has begun and not ended. handles: the
+    same writes at the hub."""
 
     number: int
     connection: ipc.Connection
     pid: int = 0
     writes: dict[int, list[int]] = field(default_factory=dict)
+    handles: dict[int, int] = field(default_factory=dict)
 
 
 class Daemon:
     """start() when the directory may be used; close() in the end. All calls on one loop.
 
     open_store: runs in the store's thread, raises StoreFailed (tried again later) or ConfigError (given to the caller).
+    failed: called with the reason when this daemon cannot go on as it is configured.
     """
 
-    def __init__(self, config: Config, open_store: Callable[[], Storing], clock: Clock, tasks: Tasks) -> None:
+    def __init__(
+        self,
+        config: Config,
+        open_store: Callable[[], Storing],
+        clock: Clock,
+        tasks: Tasks,
+        failed: Callable[[str], None] = _ignore,
+    ) -> None:
         self._config = config
         self._cache = config.cache
         self._clock = clock
@@ -84,6 +102,15 @@ class Daemon:
             drained=self._drained,
         )
         self._fence: Fence | None = None
+        self._hub: Hub | None = None
+        self._operations: Operations | None = None
+        if config.cluster.enabled:
+            self._operations = Operations(config, self._keeper)
+            self._hub = Hub(
+                config, clock, tasks,
+                view_changed=self._view_changed, answers=self._operations.answer, failed=failed,
+            )  # fmt: skip
+            self._operations.hub = self._hub
         self._server: asyncio.Server | None = None
         self._sessions: dict[int, _Session] = {}
         self._sessions_made = 0
@@ -91,7 +118,7 @@ class Daemon:
         self._off_reason: str | None = None
         self._on_at = clock.monotonic()
         self._relapsed = False
-        self._counted = (0, 0)
+        self._measured = (0, 0)
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -120,7 +147,9 @@ class Daemon:
             self._turn_off(error.reason)
         self._keeper.start()
         try:
-            self._fence = Fence.open(cache_dir, alone=not self._config.cluster.enabled)
+            self._fence = Fence.open(cache_dir, alone=self._hub is None)
+            if self._hub is not None:
+                await self._hub.start(self._fence, ports.listen("listen.cluster", self._config.listen.cluster)[0])
             await self._listen(cache_dir)
         except OSError as error:
             raise ConfigError(f"cache.dir: {cache_dir}: {error.strerror}") from error
@@ -154,6 +183,8 @@ class Daemon:
             self._server.close()
         for session in list(self._sessions.values()):
             await session.connection.close()
+        if self._hub is not None:
+            await self._hub.close()
         await self._tasks.close()
         await self._keeper.close()
         if self._fence is not None:
@@ -186,6 +217,9 @@ class Daemon:
         self._do(self._leases.worker_gone(session.number, self._clock.monotonic()))
         for segment in [at for at, waiting in self._closing_segments.items() if session.number in waiting]:
             self._closed(segment, session.number)
+        if self._hub is not None:
+            for handle in session.handles.values():
+                self._hub.forget(handle)
         slots = sorted({slot for written in session.writes.values() for slot in written})
         if slots and self._fence is not None:
             self._bump(slots)
@@ -201,6 +235,8 @@ class Daemon:
     def _hello(self, session: _Session, message: ipc.Hello) -> None:
         session.pid = message.pid
         session.connection.send(ipc.Welcome(self.caching, self.reason))
+        if self._hub is not None and self._hub.view.members:
+            session.connection.send(ipc.ClusterView(self._hub.me.name, self._hub.view))
 
     def _ask_open(self, session: _Session, message: ipc.AskOpen) -> None:
         self._do(self._leases.ask_open(session.number, message, self._clock.monotonic()))
@@ -236,9 +272,62 @@ class Daemon:
 
     def _write_begin(self, session: _Session, message: ipc.WriteBegin) -> None:
         session.writes[message.token] = message.slots
+        if self._hub is not None:
+            session.handles[message.token] = self._hub.begin(message.slots)
 
     def _write_end(self, session: _Session, message: ipc.WriteEnd) -> None:
         session.writes.pop(message.token, None)
+        handle = session.handles.pop(message.token, None)
+        if self._hub is not None and handle is not None:
+            self._hub.forget(handle)
+
+    def _ask_end(self, session: _Session, message: ipc.AskEnd) -> None:
+        hub = self._hub
+        handles = [session.handles.pop(token, None) for token in message.tokens]
+        for token in message.tokens:
+            session.writes.pop(token, None)
+        if hub is None or None in handles:
+            session.connection.send(ipc.Done(message.ask, False))
+            return
+        left = {hub.end(handle) for handle in handles if handle is not None}
+        number = session.number
+
+        def heard(future: asyncio.Future[bool]) -> None:
+            left.discard(future)
+            outcomes.append(future.result())
+            if not left:
+                self._send(number, ipc.Done(message.ask, all(outcomes)))
+
+        outcomes: list[bool] = []
+        for future in list(left):
+            future.add_done_callback(heard)
+
+    def _ask_cluster(self, session: _Session, message: ipc.AskCluster) -> None:
+        number = session.number
+
+        async def answer() -> None:
+            assert self._operations is not None
+            try:
+                body, failed = await self._operations.answer(message.topic, message.body), ""
+            except KosError as error:
+                body, failed = b"", str(error)
+            self._send(number, ipc.ClusterSaid(message.ask, body, failed))
+
+        if self._operations is None:
+            session.connection.send(ipc.ClusterSaid(message.ask, b"", "this node is in no cluster"))
+        else:
+            with contextlib.suppress(TasksClosed):
+                self._tasks.spawn(answer(), "operation")
+
+    def _counted(self, session: _Session, message: ipc.Counted) -> None:
+        if self._operations is not None:
+            self._operations.counted(message.reads, message.hits)
+
+    def _view_changed(self, view: View) -> None:
+        assert self._hub is not None
+        message = ipc.ClusterView(self._hub.me.name, view)
+        for session in list(self._sessions.values()):
+            session.connection.send(message)
 
     def _released(self, session: _Session, message: ipc.Released) -> None:
         self._closed(message.segment, session.number)
@@ -404,11 +493,11 @@ class Daemon:
             return
         metrics.STORE_BYTES.set(stats.used_bytes)
         metrics.STORE_ENTRIES.set(stats.blocks)
-        evicted, bad = self._counted
+        evicted, bad = self._measured
         if stats.evicted_blocks >= evicted and stats.bad_blocks >= bad:
             metrics.EVICTIONS.labels("space").inc(stats.evicted_blocks - evicted)
             metrics.EVICTIONS.labels("corrupt").inc(stats.bad_blocks - bad)
-        self._counted = (stats.evicted_blocks, stats.bad_blocks)
+        self._measured = (stats.evicted_blocks, stats.bad_blocks)
 
     async def _scrub(self) -> None:
         """Checks a little every second; what is wrong is dropped and will be filled anew."""
@@ -427,8 +516,12 @@ class Daemon:
 
     async def _bump_later(self, slots: list[int]) -> None:
         """The origin may still carry out what the dead worker asked for, until its request must have ended."""
+        hub = self._hub
+        handle = None if hub is None else hub.begin(slots)
         await self._clock.sleep(self._config.origin.request_timeout_s)
         self._bump(slots)
+        if hub is not None and handle is not None:
+            hub.forget(handle)
 
 
 _HANDLERS: Final[dict[type, Callable[[Daemon, _Session, Any], None]]] = {
@@ -446,6 +539,9 @@ _HANDLERS: Final[dict[type, Callable[[Daemon, _Session, Any], None]]] = {
     ipc.WriteEnd: Daemon._write_end,
     ipc.Released: Daemon._released,
     ipc.Ping: Daemon._ping,
+    ipc.AskEnd: Daemon._ask_end,
+    ipc.AskCluster: Daemon._ask_cluster,
+    ipc.Counted: Daemon._counted,
 }
 
 

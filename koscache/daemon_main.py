@@ -47,14 +47,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def serve(settings: Config, status: ChildStatus) -> None:
-    """Be the daemon until SIGTERM or SIGINT."""
+    """Be the daemon until SIGTERM or SIGINT. Raises ConfigError for what no restart can mend."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     clock = Clock()
     tasks = Tasks("daemon")
-    daemon = Daemon(settings, lambda: Store.open(settings.cache, clock), clock, tasks)
+    failures: list[str] = []
+
+    def failed(reason: str) -> None:
+        failures.append(reason)
+        stop.set()
+
+    daemon = Daemon(settings, lambda: Store.open(settings.cache, clock), clock, tasks, failed)
     status.starting("recovering the store")
     try:
         await daemon.start()
@@ -63,6 +69,8 @@ async def serve(settings: Config, status: ChildStatus) -> None:
         status.draining()
     finally:
         await daemon.close()
+    if failures:
+        raise ConfigError(failures[0])
 
 
 async def _tell(daemon: Daemon, status: ChildStatus, clock: Clock) -> None:

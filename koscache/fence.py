@@ -49,7 +49,10 @@ _WORDS_AT: Final = 1024
 _TRUST: Final = 0
 _VOUCH: Final = 1
 _EPOCH: Final = 2
-_WORDS: Final = 3
+_INCARNATION: Final = 3
+_WORDS: Final = 4
+#: Of trust that does not end.
+FOREVER_NS: Final = (1 << 63) - 1
 _MARK_MAX: Final = 255
 _MAGIC: Final = b"kosfence"
 _VERSION: Final = 3
@@ -179,10 +182,27 @@ class Fence:
         self._words[_TRUST] = until_ns
         self._words[_VOUCH] = vouch_until_ns
 
+    @property
+    def trusted_until_ns(self) -> int:
+        return self._words[_TRUST]
+
     def stop_vouching(self) -> None:
         """For a daemon that has just started: it does not know of what its predecessor marked. Trust stays as it was."""
         self._words[_VOUCH] = 0
         self._marks[:] = bytes(SLOTS)
+
+    @property
+    def incarnation(self) -> int:
+        """Of the member whose records these values speak of; 0: of none. Set it when the epoch has been begun that it needs."""
+        return self._words[_INCARNATION]
+
+    @incarnation.setter
+    def incarnation(self, incarnation: int) -> None:
+        self._words[_INCARNATION] = incarnation
+
+    @property
+    def epoch(self) -> int:
+        return self._words[_EPOCH]
 
     def new_epoch(self) -> None:
         """Makes every value another one than it was, so that nothing is used before the origin has confirmed it."""

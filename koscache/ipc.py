@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol, cast
 
 import msgspec
 
+from koscache.cluster.view import View
 from koscache.content import Extent, Record
 
 _log = logging.getLogger("koscache.ipc")
@@ -195,6 +196,28 @@ class Ping(Message, frozen=True, tag=14):
     ask: int
 
 
+class AskEnd(Message, frozen=True, tag=15):
+    """The writes of these tokens have ended. Done when every node of the cluster has heard of them."""
+
+    ask: int
+    tokens: list[int]
+
+
+class AskCluster(Message, frozen=True, tag=16):
+    """An operator's question, from the admin port; body: JSON."""
+
+    ask: int
+    topic: str
+    body: bytes
+
+
+class Counted(Message, frozen=True, tag=17):
+    """Reads of objects that this worker has answered since it said so last, and how many of them were hits."""
+
+    reads: int
+    hits: int
+
+
 # --- daemon to worker ---------------------------------------------------------------------------------------------
 
 
@@ -268,7 +291,8 @@ class BlockEnded(Message, frozen=True, tag=41):
 
 
 class Done(Message, frozen=True, tag=42):
-    """Answer to OpenDone and BlockDone (is it in the index?), AskVerify (are the bytes right?) and Ping."""
+    """Answer to OpenDone and BlockDone (is it in the index?), AskVerify (are the bytes right?), AskEnd (has every node
+    heard of it?) and Ping."""
 
     ask: int
     ok: bool
@@ -278,6 +302,21 @@ class Evicted(Message, frozen=True, tag=43):
     """These segments are gone: close their descriptors and say Released for each."""
 
     segments: list[int]
+
+
+class ClusterView(Message, frozen=True, tag=44):
+    """The members by now; name: this node's own."""
+
+    name: str
+    view: View
+
+
+class ClusterSaid(Message, frozen=True, tag=45):
+    """Answer to AskCluster. failed: why there is none."""
+
+    ask: int
+    body: bytes
+    failed: str = ""
 
 
 ToDaemon = (
@@ -295,6 +334,9 @@ ToDaemon = (
     | WriteEnd
     | Released
     | Ping
+    | AskEnd
+    | AskCluster
+    | Counted
 )
 ToWorker = (
     Welcome
@@ -310,6 +352,8 @@ ToWorker = (
     | BlockEnded
     | Done
     | Evicted
+    | ClusterView
+    | ClusterSaid
 )
 
 #: sun_path holds 108 bytes with the final NUL

@@ -7,11 +7,11 @@ through every kind of failure.
 Owns: what is told to whom, when a write may be answered, until when this node may trust and vouch for what it knows, and what of
 others' writes is marked here. Does not own: lines and their handshake (lines), the fence's file (fence), views (membership).
 
-Invariant: ended(ok) is said of a write only when each member has acknowledged its End, or cannot trust any more: it is in no
-view, or (STATIC) the lease that this node promised it has run out. No End is said to anybody before all have acknowledged the
-Begin. Trust is never given for longer than the shortest lease that this node holds.
+Invariant: ended(ok) is said of a write only when each member has acknowledged its End, or cannot trust any more (see _excused).
+No End is said to anybody before all have acknowledged the Begin. Trust is never given for longer than the leases that this
+node holds (see _trust).
 
-    a write here:  begin ──▶ UNDER_WAY ──end──▶ CLOSING ──all have the Begin──▶ ENDING ──all have the End──▶ (gone, answered)
+    a write here:  begin ─▶ UNDER_WAY ─end─▶ CLOSING ─all have the Begin─▶ ENDING ─all have the End─▶ (gone, answered)
 
 Times are seconds of one clock that never stops (fence.boot_ns), given by the caller; of others' clocks nothing is assumed but that
 they run at most RATE_SLACK faster or slower.
@@ -45,8 +45,8 @@ _LEFT_MAX: Final = 65_536
 class Membership(enum.Enum):
     """What ends the wait for a member that does not answer."""
 
-    STATIC = "static"  # its lease runs out
-    CONTROL = "control"  # it is expelled
+    STATIC = "static"  # its lease of this node runs out
+    CONTROL = "control"  # it is expelled; or its long lease runs out, and it knows that this node lives
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -135,10 +135,11 @@ class _Write:
 @dataclass(slots=True)
 class _Out:
     """A member that hears of our writes. up: its line stands (a Hello was sent). met: it has welcomed us since we started.
-    promised_until: we wait for it. resigned: it does not trust until it hears of us again. skipped: slots passed without it; None: too many. unheard: the same of writes that were
-    told on the present line and not yet acknowledged. hello_*: what the Hello of the present line said."""
+    promised_at: when it asked last to be waited for. resigned: it does not trust until it hears of us again. skipped: slots
+    passed without it; None: too many. unheard: the same of writes that were told on the present line and not yet
+    acknowledged. hello_*: what the Hello of the present line said."""
 
-    promised_until: float
+    promised_at: float
     up: bool = False
     met: bool = False
     resigned: bool = False
@@ -158,13 +159,14 @@ class _Out:
 @dataclass(slots=True)
 class _In:
     """A member whose writes we hear of. met: its Hello was heard since we started. daemon: the run of its daemon that said the
-    last one. clean: it has said goodbye since. marks: slots of its writes under way."""
+    last one. clean: it has said goodbye since. renewed_at: when the last lease was asked for that it has granted. marks: slots
+    of its writes under way."""
 
     up: bool = False
     met: bool = False
     daemon: int | None = None
     clean: bool = False
-    renewed_until: float = 0.0
+    renewed_at: float = -math.inf
     asked_at: float = -math.inf
     serial: int = 0
     asked: dict[int, float] = field(default_factory=dict)
@@ -183,9 +185,9 @@ class Greeting:
 class Coherence:
     """One run of a daemon, for as long as it is the same incarnation of its member.
 
-    name: this member's. before: the daemons (by member) that the daemon before this one had heard when it resigned; None: it
-    did not, so nobody has passed over it (CONTROL) or nobody knows (STATIC). store_late_s (CONTROL): with less of its own membership left the others' leases are kept as well,
-    should the control store stay away. first: writes are numbered from here on.
+    name: this member's. lease_s: of what members promise each other. member_lease_s: of what the store says (CONTROL); twice
+    that is the long lease. trusted_until: as the daemon before this one left it. before: the daemons (by member) that it
+    had heard when it resigned; None: it did not. first: writes are numbered from here on.
     """
 
     def __init__(
@@ -193,17 +195,19 @@ class Coherence:
         name: str,
         membership: Membership,
         lease_s: float,
-        now: float,
         *,
-        store_late_s: float = 0.0,
+        member_lease_s: float = 0.0,
+        trusted_until: float = 0.0,
         before: Mapping[str, int] | None = None,
         first: int = 0,
     ) -> None:
         self._name = name
         self._static = membership is Membership.STATIC
         self._lease_s = lease_s
-        self._store_late_s = math.inf if self._static else store_late_s
-        self._before = before
+        self._member_lease_s = member_lease_s
+        self._long_s = lease_s if self._static else 2 * member_lease_s
+        self._trusted_before = trusted_until
+        self._before = before or {}
         self._next = first
         self._view = View(-1, ())
         self._heard_version = 0
@@ -211,15 +215,12 @@ class Coherence:
         self._outs: dict[str, _Out] = {}
         self._ins: dict[str, _In] = {}
         self._writes: dict[int, _Write] = {}
+        self._parting: dict[str, float] = {}
         self._complete = False
-        self._member_until = 0.0
+        self._member_until = -math.inf
+        self._member_since = math.inf
+        self._late: frozenset[str] = frozenset()
         self._trusted_until = -1.0
-        # The daemon that ran before may have promised to wait for so long.
-        self._first_promise = now + self._promise_s
-
-    @property
-    def _promise_s(self) -> float:
-        return self._lease_s * (1 + RATE_SLACK) + _GRACE_S
 
     # --- what others want to know --------------------------------------------------------------------------------------
 
@@ -261,7 +262,7 @@ class Coherence:
                 trouble[name] = "no line to it"
             elif not inn.up:
                 trouble[name] = "no line from it"
-            elif self._static and inn.renewed_until < now:
+            elif inn.renewed_at + self._long_s < now:
                 trouble[name] = "does not renew"
         return trouble
 
@@ -272,28 +273,38 @@ class Coherence:
 
     # --- views and own membership ---------------------------------------------------------------------------------------
 
-    def viewed(self, view: View, now: float) -> list[Command]:
-        """The members are these. Older ones than known are not listened to."""
+    def viewed(self, view: View, now: float, since: float = -math.inf) -> list[Command]:
+        """The members are these. Older ones than known are not listened to.
+
+        since: who is new in this view joined after that; he cannot have passed over us yet, for he waits for a long lease.
+        """
         if view.version <= self._view.version:
             return []
+        came_back = [
+            member.name for member in view.others(self._name)
+            if (known := self._view.find(member.name)) is not None and known.incarnation != member.incarnation
+        ]  # fmt: skip
+        for name in came_back:
+            self._ins[name].renewed_at = max(self._ins[name].renewed_at, since)
         self._view = view
         self._heard_version = max(self._heard_version, view.version)
         for name, (_, version) in list(self._announced.items()):
             if version <= view.version:
                 del self._announced[name]
-        commands = self._follow_wanted()
+        commands = self._follow_wanted(now, since)
         return commands + self._advance_all(now) + self._trust(now)
 
-    def _follow_wanted(self) -> list[Command]:
+    def _follow_wanted(self, now: float, since: float) -> list[Command]:
         wanted = self.wanted
         for name in wanted:
             if name not in self._outs:
                 # Who joins when we know of all others has nothing under way that we have not heard of, and knows us.
-                self._outs[name] = _Out(self._first_promise, met=self._complete)
-                self._ins[name] = _In(met=self._complete, daemon=(self._before or {}).get(name))
+                # The daemon that ran here before may have made promises until now.
+                self._outs[name] = _Out(now, met=self._complete)
+                self._ins[name] = _In(met=self._complete, daemon=self._before.get(name), renewed_at=since)
         commands: list[Command] = []
         for name in [name for name in self._outs if name not in wanted]:
-            del self._outs[name]
+            self._parting[name] = self._outs.pop(name).promised_at
             commands += self._drop_marks(self._ins.pop(name))
         return commands
 
@@ -304,10 +315,14 @@ class Coherence:
         inn.marks = {}
         return commands
 
-    def member_until(self, until: float, now: float) -> list[Command]:
-        """Own membership holds until then (CONTROL): the heartbeat that says so was sent a lease before."""
+    def stood(self, until: float, late: Iterable[str], now: float) -> list[Command]:
+        """A heartbeat succeeded (CONTROL): own membership holds until then, a little less than a lease after it was sent. late:
+        members whose time had run out by then."""
+        if now > self._member_until:
+            self._member_since = now
         self._member_until = max(self._member_until, until)
-        return self._trust(now)
+        self._late = frozenset(late)
+        return self._advance_all(now) + self._trust(now)
 
     def _heard(self, version: int) -> bool:
         """True: a member's view is newer than ours, and that is news."""
@@ -319,16 +334,49 @@ class Coherence:
     # --- trust ----------------------------------------------------------------------------------------------------------
 
     def _trust(self, now: float) -> list[Command]:
+        """Trust holds (1) while every member has granted a lease; or (2) while own membership holds, and every member has
+        granted a long lease or was late at the last heartbeat: such a one does not pass over us, see _excused."""
         if not self._complete:
             if not all(self._outs[name].met and self._ins[name].met for name in self._outs) or self._view.version < 0:
                 return []
             self._complete = True
-        leases = min((inn.renewed_until for inn in self._ins.values()), default=math.inf)
-        until = leases if self._static else max(leases, self._member_until)
+        until = min((inn.renewed_at for inn in self._ins.values()), default=math.inf) + self._lease_s
+        if not self._static:
+            covered = (
+                max(inn.renewed_at + self._long_s, self._member_until if name in self._late else -math.inf)
+                for name, inn in self._ins.items()
+            )
+            until = max(until, min(self._member_until, *covered, math.inf))
         if until == self._trusted_until:
             return []
         self._trusted_until = until
         return [Trust(until)]
+
+    def _excused(self, name: str, out: _Out, now: float) -> bool:
+        """Whether the member cannot trust, so that nobody need wait for it.
+
+        It said so; or no lease that we granted can hold any more, neither a short one for (1) nor a long one for (2), and it
+        does not take us for late: our own row in the store has been good for longer than what it knows of us can be old.
+        """
+        if out.resigned:
+            return True
+        if not self._run_out(out.promised_at, self._long_s, now):
+            return False
+        return self._static or (
+            now < self._member_until and self._run_out(self._member_since, self._member_lease_s, now)
+        )
+
+    def _run_out(self, at: float, lease_s: float, now: float) -> bool:
+        """Whether a lease is over for whoever counts it by another clock."""
+        return now >= at + lease_s * (1 + RATE_SLACK) + _GRACE_S
+
+    def _parted(self, now: float) -> bool:
+        """Whether who is in no view any more holds no lease of ours. Its membership has run out, or it could not have been
+        expelled."""
+        for name, at in list(self._parting.items()):
+            if self._run_out(at, self._lease_s, now):
+                del self._parting[name]
+        return not self._parting
 
     # --- our own writes -------------------------------------------------------------------------------------------------
 
@@ -373,7 +421,8 @@ class Coherence:
             write.state = _State.ENDING
             commands.append(Pass(write.slots))
             commands += [Tell(name, wire.End(number)) for name, out in self._outs.items() if out.up]
-        if write.state is _State.ENDING and not self.outdated and self._have(write.ended, now):
+        heard = write.state is _State.ENDING and self._have(write.ended, now)
+        if heard and not self.outdated and self._parted(now):
             del self._writes[number]
             for name, out in self._outs.items():
                 if name not in write.ended:
@@ -386,10 +435,7 @@ class Coherence:
         return commands
 
     def _have(self, acknowledged: set[str], now: float) -> bool:
-        return all(
-            name in acknowledged or out.resigned or (self._static and out.promised_until <= now)
-            for name, out in self._outs.items()
-        )
+        return all(name in acknowledged or self._excused(name, out, now) for name, out in self._outs.items())
 
     # --- our lines ------------------------------------------------------------------------------------------------------
 
@@ -452,7 +498,7 @@ class Coherence:
 
     def renew(self, name: str, serial: int, now: float) -> list[Command]:
         """The member asks to be waited for."""
-        self._outs[name].promised_until = now + self._promise_s
+        self._outs[name].promised_at = now
         return [Tell(name, wire.Renewed(serial, self._view.version))]
 
     def _ask_view(self, name: str, version: int, now: float) -> list[Command]:
@@ -471,10 +517,11 @@ class Coherence:
             if hello.version <= self._view.version:
                 raise ProtocolBroken("no member any more")
             self._announced[name] = (hello.member, hello.version)
-        commands = self._follow_wanted()
+        commands = self._follow_wanted(now, -math.inf)
         inn = self._ins[name]
-        anew = hello.daemon != inn.daemon and not inn.clean
-        if anew and (self._static or (self._before is not None and not inn.met)):
+        # While a lease of it holds, or our trust of before, nobody has passed over us.
+        continuous = inn.renewed_at + self._long_s > now or self._trusted_before > now
+        if hello.daemon != inn.daemon and not inn.clean and not continuous:
             commands.append(NewEpoch(f"{name} was started anew, and may have passed over this node before"))
         elif hello.skipped is None:
             commands.append(NewEpoch(f"{name} has passed over this node more often than it can tell"))
@@ -517,7 +564,7 @@ class Coherence:
         # One that is not remembered any more was asked for so long ago that it says nothing.
         asked_at = inn.asked.get(message.serial, -math.inf)
         inn.asked = {serial: at for serial, at in inn.asked.items() if serial > message.serial}
-        inn.renewed_until = max(inn.renewed_until, asked_at + self._lease_s)
+        inn.renewed_at = max(inn.renewed_at, asked_at)
         commands: list[Command] = [Reply(name, wire.AskView())] if self._heard(message.version) else []
         return commands + self._trust(now)
 
@@ -564,8 +611,10 @@ class Coherence:
         return commands
 
     def _renew(self, name: str, inn: _In, now: float) -> list[Command]:
-        needed = self._member_until - now < self._store_late_s
-        if not inn.up or not needed or now - inn.asked_at < _RENEW_AT * self._lease_s:
+        # With the control store late the short leases must hold.
+        store_late = self._static or self._member_until - now < self._member_lease_s / 2
+        pause_s = _RENEW_AT * (self._lease_s if store_late else self._long_s)
+        if not inn.up or now - inn.asked_at < pause_s:
             return []
         inn.asked_at = now
         inn.serial += 1

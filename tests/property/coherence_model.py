@@ -57,6 +57,12 @@ class Node:
     dead: bool = False
     store_away: bool = False
     before: dict[str, int] | None = None
+    joined_at: float = 0.0
+    looked_at: float = 0.0
+
+
+def resumed_or_static(membership: Membership, resumed: bool) -> bool:
+    return resumed or membership is Membership.STATIC
 
 
 @dataclass
@@ -96,6 +102,8 @@ class Model:
         self.writes: list[Write] = []
         self.reads: list[Read] = []
         self.counts: dict[str, int] = {}
+        #: pairs that cannot reach each other
+        self.parted: set[frozenset[str]] = set()
         names = [f"n{i}" for i in range(nodes)]
         if membership is Membership.STATIC:
             for name in names:
@@ -120,14 +128,19 @@ class Model:
             if not resumed:
                 self.store_version += 1
             self.rows[name] = (member, self.now + MEMBER_LEASE_S)
-        node = Node(
-            name, member,
-            Coherence(name, self.membership, LEASE_S, self.now * rate, store_late_s=MEMBER_LEASE_S / 2,
-                      before=old.before if old and old.dead else None),
-            next(self.fresh), rate,
-            old.values if old else [next(self.fresh) for _ in range(SLOTS)],
-            [0] * SLOTS,
-        )  # fmt: skip
+        resigned = old is not None and old.dead and resumed_or_static(self.membership, resumed)
+        lost = self.membership is Membership.CONTROL and not resumed
+        coherence = Coherence(
+            name,
+            self.membership,
+            LEASE_S,
+            member_lease_s=MEMBER_LEASE_S,
+            trusted_until=0.0 if old is None or lost else old.trust_until,
+            before=old.before if old is not None and resigned else None,
+        )
+        values = old.values if old else [next(self.fresh) for _ in range(SLOTS)]
+        node = Node(name, member, coherence, next(self.fresh), rate, values, [0] * SLOTS)
+        node.joined_at = node.looked_at = self.now * rate
         if old is not None:
             # What lies in shared memory and on the disk outlives the daemon.
             node.records, node.epoch, node.trust_until = old.records, old.epoch, old.trust_until
@@ -136,7 +149,7 @@ class Model:
         self.nodes[name] = node
         self.do(node, node.coherence.viewed(self.view(), self.clock(node)))
         if self.membership is Membership.CONTROL:
-            self.do(node, node.coherence.member_until(self.safe_until(node), self.clock(node)))
+            self.do(node, node.coherence.stood(self.safe_until(node), (), self.clock(node)))
 
     def safe_until(self, node: Node) -> float:
         return self.clock(node) + MEMBER_LEASE_S * 0.9
@@ -202,6 +215,8 @@ class Model:
         one, other = self.nodes[writer], self.nodes[listener]
         if (writer, listener) in self.lines or not self.runs(writer) or not self.runs(listener):
             return
+        if frozenset((writer, listener)) in self.parted:
+            return
         if listener not in one.coherence.wanted or not other.coherence.known(writer):
             return
         greeting = one.coherence.greet(listener)
@@ -253,8 +268,18 @@ class Model:
         elif isinstance(message, wire.AskView):
             (line.to_listener if upstream else line.to_writer).append(c.view_for_asker())
         elif isinstance(message, wire.Viewed):
-            commands = c.viewed(message.view, now)
+            self.see(here, message.view)
         self.do(here, commands)
+
+    def see(self, node: Node, view: View) -> None:
+        """As the hub: lines to who is gone, or has come back as another, end at once."""
+        before = node.coherence.wanted
+        self.do(node, node.coherence.viewed(view, self.clock(node), node.looked_at))
+        wanted = node.coherence.wanted
+        for name, member in before.items():
+            if name not in wanted or wanted[name].incarnation != member.incarnation:
+                self.cut(node.name, name)
+                self.cut(name, node.name)
 
     def do(self, node: Node, commands: list[co.Command]) -> None:
         for command in commands:
@@ -419,14 +444,17 @@ class Model:
             return
         sent = self.safe_until(node)
         self.rows[node.name] = (row[0], self.now + MEMBER_LEASE_S)
+        late = [name for name, (_, until) in self.rows.items() if until < self.now]
+        settled = self.clock(node) - node.joined_at >= MEMBER_LEASE_S
         for name, (member, until) in list(self.rows.items()):
-            if until < self.now and node.coherence.silent(name) and name != node.name:
+            if until < self.now and node.coherence.silent(name) and name != node.name and settled:
                 del self.rows[name]
                 self.store_version += 1
                 self.count("expelled")
                 assert member.name == name
-        self.do(node, node.coherence.viewed(self.view(), self.clock(node)))
-        self.do(node, node.coherence.member_until(sent, self.clock(node)))
+        self.see(node, self.view())
+        node.looked_at = self.clock(node)
+        self.do(node, node.coherence.stood(sent, late, self.clock(node)))
 
     # --- the course of things
 
@@ -467,7 +495,7 @@ class Model:
         rng = self.rng
         name = rng.choice(list(self.nodes))
         node = self.nodes[name]
-        kind = rng.choice(["cut", "stop", "go", "go", "crash", "retire", "start", "start", "leap", "store"])
+        kind = rng.choice(["cut", "stop", "go", "go", "crash", "retire", "start", "start", "leap", "store", "part", "part"])
         if kind == "cut" and self.lines:
             self.cut(*rng.choice(list(self.lines)))
         elif kind == "stop":
@@ -482,11 +510,17 @@ class Model:
             self.start(name)
         elif kind == "leap":
             self.now += rng.uniform(0.0, 2 * MEMBER_LEASE_S)
+        elif kind == "part":
+            pair = rng.sample(list(self.nodes), 2)
+            self.parted ^= {frozenset(pair)}
+            self.cut(*pair)
+            self.cut(pair[1], pair[0])
         elif kind == "store":
             node.store_away = not node.store_away
 
     def settle(self) -> None:
         """Everything is mended: after a while all nodes trust again and no write waits."""
+        self.parted.clear()
         for name, node in list(self.nodes.items()):
             node.store_away = node.stopped = False
             if node.dead:
