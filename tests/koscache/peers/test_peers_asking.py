@@ -124,23 +124,29 @@ async def test_a_slow_one_is_hedged_and_let_go_of() -> None:
 
 async def test_the_first_one_wins_after_all() -> None:
     now = asyncio.Event()
-    async with FakePeer("a", says(b"from a", after=now)) as a, FakePeer("b", hangs()) as b:
-        async with peers_of(a, b, **HEDGES_AT_ONCE) as peers:
-            asking = asyncio.ensure_future(ask(peers, "a", "b"))
-            await until(lambda: b.questions)
-            now.set()
-            assert await asking == ("a", b"from a")
-            await until(lambda: b.open == 0)
+    async with (
+        FakePeer("a", says(b"from a", after=now)) as a,
+        FakePeer("b", hangs()) as b,
+        peers_of(a, b, **HEDGES_AT_ONCE) as peers,
+    ):
+        asking = asyncio.ensure_future(ask(peers, "a", "b"))
+        await until(lambda: b.questions)
+        now.set()
+        assert await asking == ("a", b"from a")
+        await until(lambda: b.open == 0)
 
 
 async def test_slow_first_failing_second() -> None:
     now = asyncio.Event()
-    async with FakePeer("a", says(b"from a", after=now)) as a, FakePeer("b", sends(b"")) as b:
-        async with peers_of(a, b, **HEDGES_AT_ONCE) as peers:
-            asking = asyncio.ensure_future(ask(peers, "a", "b"))
-            await until(lambda: not peers.well("b"))
-            now.set()
-            assert await asking == ("a", b"from a")
+    async with (
+        FakePeer("a", says(b"from a", after=now)) as a,
+        FakePeer("b", sends(b"")) as b,
+        peers_of(a, b, **HEDGES_AT_ONCE) as peers,
+    ):
+        asking = asyncio.ensure_future(ask(peers, "a", "b"))
+        await until(lambda: not peers.well("b"))
+        now.set()
+        assert await asking == ("a", b"from a")
 
 
 async def test_both_fail() -> None:
@@ -159,14 +165,17 @@ async def test_both_fail() -> None:
 
 async def test_who_declines_first_waits_for_the_hedge() -> None:
     no, now, later = wire.encode(wire.not_here("no")), asyncio.Event(), asyncio.Event()
-    async with FakePeer("a", says(no, 404, after=now)) as a, FakePeer("b", says(b"from b", after=later)) as b:
-        async with peers_of(a, b, **HEDGES_AT_ONCE) as peers:
-            asking = asyncio.ensure_future(ask(peers, "a", "b"))
-            await until(lambda: b.questions)
-            now.set()
-            await asyncio.sleep(0)
-            later.set()
-            assert await asking == ("b", b"from b")
+    async with (
+        FakePeer("a", says(no, 404, after=now)) as a,
+        FakePeer("b", says(b"from b", after=later)) as b,
+        peers_of(a, b, **HEDGES_AT_ONCE) as peers,
+    ):
+        asking = asyncio.ensure_future(ask(peers, "a", "b"))
+        await until(lambda: b.questions)
+        now.set()
+        await asyncio.sleep(0)
+        later.set()
+        assert await asking == ("b", b"from b")
 
 
 async def test_no_hedge_where_none_is_wanted_or_budgeted() -> None:
@@ -203,14 +212,17 @@ async def test_hedges_are_a_share_of_the_questions() -> None:
 
 async def test_one_that_never_answers_is_backed_off_although_others_are_faster() -> None:
     """It accepts connections and says nothing, as a stopped process does: no question may go on costing a hedge."""
-    async with FakePeer("a", default=hangs()) as a, FakePeer("b", default=says(b"b")) as b:
-        async with peers_of(a, b, **HEDGES_AT_ONCE) as peers:
-            for _ in range(5):
-                assert await ask(peers, "a", "b") == ("b", b"b")
-            assert not peers.well("a")
-            asked = len(a.questions)
+    async with (
+        FakePeer("a", default=hangs()) as a,
+        FakePeer("b", default=says(b"b")) as b,
+        peers_of(a, b, **HEDGES_AT_ONCE) as peers,
+    ):
+        for _ in range(5):
             assert await ask(peers, "a", "b") == ("b", b"b")
-            assert len(a.questions) == asked
+        assert not peers.well("a")
+        asked = len(a.questions)
+        assert await ask(peers, "a", "b") == ("b", b"b")
+        assert len(a.questions) == asked
 
 
 # --- backing off ------------------------------------------------------------------------------------------------------
@@ -219,28 +231,31 @@ async def test_one_that_never_answers_is_backed_off_although_others_are_faster()
 async def test_back_off_doubles_and_lets_one_probe_at_a_time_through() -> None:
     clock = FakeClock()
     now = asyncio.Event()
-    async with FakePeer("a", sends(b"")) as a, FakePeer("b", default=says(b"b")) as b:
-        async with peers_of(a, b, clock=clock, **NEVER_HEDGES) as peers:
-            assert await ask(peers, "a", "b") == ("b", b"b")
-            assert not peers.well("a")
-            assert await ask(peers, "a", "b") == ("b", b"b")
-            assert len(a.questions) == 1, "passed over while it backs off"
-            clock.move(0.2)
-            assert peers.well("a")
-            a.plan(sends(now))
-            probing = asyncio.ensure_future(ask(peers, "a", "b"))
-            await until(lambda: len(a.questions) == 2)
-            assert not peers.well("a")
-            assert await ask(peers, "a", "b") == ("b", b"b")
-            assert len(a.questions) == 2, "one at a time"
-            now.set()
-            assert await probing == ("b", b"b")
-            clock.move(0.19)
-            assert not peers.well("a"), "the second pause is between 0.2 and 0.4 s"
-            clock.move(0.21)
-            a.plan(says(b"a"))
-            assert await ask(peers, "a", "b") == ("a", b"a")
-            assert peers.well("a")
+    async with (
+        FakePeer("a", sends(b"")) as a,
+        FakePeer("b", default=says(b"b")) as b,
+        peers_of(a, b, clock=clock, **NEVER_HEDGES) as peers,
+    ):
+        assert await ask(peers, "a", "b") == ("b", b"b")
+        assert not peers.well("a")
+        assert await ask(peers, "a", "b") == ("b", b"b")
+        assert len(a.questions) == 1, "passed over while it backs off"
+        clock.move(0.2)
+        assert peers.well("a")
+        a.plan(sends(now))
+        probing = asyncio.ensure_future(ask(peers, "a", "b"))
+        await until(lambda: len(a.questions) == 2)
+        assert not peers.well("a")
+        assert await ask(peers, "a", "b") == ("b", b"b")
+        assert len(a.questions) == 2, "one at a time"
+        now.set()
+        assert await probing == ("b", b"b")
+        clock.move(0.19)
+        assert not peers.well("a"), "the second pause is between 0.2 and 0.4 s"
+        clock.move(0.21)
+        a.plan(says(b"a"))
+        assert await ask(peers, "a", "b") == ("a", b"a")
+        assert peers.well("a")
 
 
 async def test_all_are_asked_when_all_back_off() -> None:
@@ -320,17 +335,19 @@ async def test_connections_are_limited_and_waited_for() -> None:
 
 
 async def test_waiting_for_a_connection_ends_and_is_not_the_members_fault() -> None:
-    async with FakePeer("a", hangs(), hangs()) as a:
-        async with peers_of(a, connections=1, connect_timeout_s=0.05, **NEVER_HEDGES) as peers:
-            first = asyncio.ensure_future(ask(peers, "a"))
-            await until(lambda: a.questions)
-            with pytest.raises(PeerUnavailable, match="in use"):
-                await ask(peers, "a")
-            assert peers.well("a")
-            first.cancel()
-            await asyncio.wait([first])
-            a.plan(says(b"x"))
-            await until(lambda: a.open == 0)
+    async with (
+        FakePeer("a", hangs(), hangs()) as a,
+        peers_of(a, connections=1, connect_timeout_s=0.05, **NEVER_HEDGES) as peers,
+    ):
+        first = asyncio.ensure_future(ask(peers, "a"))
+        await until(lambda: a.questions)
+        with pytest.raises(PeerUnavailable, match="in use"):
+            await ask(peers, "a")
+        assert peers.well("a")
+        first.cancel()
+        await asyncio.wait([first])
+        a.plan(says(b"x"))
+        await until(lambda: a.open == 0)
 
 
 async def test_no_head_in_time() -> None:
@@ -366,21 +383,24 @@ async def test_connecting_takes_no_longer_than_it_may(full_backlog: int) -> None
 
 
 async def test_who_is_gone_is_let_go_of() -> None:
-    async with FakePeer("a", says(b"1"), hangs(), hangs(head(4) + b"bo")) as a, FakePeer("b") as b:
-        async with peers_of(a, b, **NEVER_HEDGES) as peers:
-            assert await ask(peers, "a") == ("a", b"1")
-            asking = asyncio.ensure_future(ask(peers, "a"))
-            await until(lambda: len(a.questions) == 2)
-            response = await peers.ask(["a"], wire.BLOCK, block(4))
-            assert a.open == 2
-            peers.update(View(1, (b.member,)))
-            with pytest.raises(PeerUnavailable, match="no member any more"):
-                await asking
-            with pytest.raises(PeerUnavailable):
-                await ask(peers, "a")
-            await until(lambda: a.open == 1)
-            response.release()
-            await until(lambda: a.open == 0)
+    async with (
+        FakePeer("a", says(b"1"), hangs(), hangs(head(4) + b"bo")) as a,
+        FakePeer("b") as b,
+        peers_of(a, b, **NEVER_HEDGES) as peers,
+    ):
+        assert await ask(peers, "a") == ("a", b"1")
+        asking = asyncio.ensure_future(ask(peers, "a"))
+        await until(lambda: len(a.questions) == 2)
+        response = await peers.ask(["a"], wire.BLOCK, block(4))
+        assert a.open == 2
+        peers.update(View(1, (b.member,)))
+        with pytest.raises(PeerUnavailable, match="no member any more"):
+            await asking
+        with pytest.raises(PeerUnavailable):
+            await ask(peers, "a")
+        await until(lambda: a.open == 1)
+        response.release()
+        await until(lambda: a.open == 0)
 
 
 async def test_a_member_that_comes_back_elsewhere_is_asked_there() -> None:
@@ -405,20 +425,23 @@ async def test_a_name_is_resolved_and_connections_come_from_where_they_should() 
 @pytest.mark.parametrize("turns", range(12))
 async def test_a_question_can_be_cancelled_at_any_moment(turns: int) -> None:
     """Whenever it is: nothing goes on, and the connections that are left can be used."""
-    async with FakePeer("a", default=says(b"x")) as a, FakePeer("b", default=hangs()) as b:
-        async with peers_of(a, b, connections=2, **HEDGES_AT_ONCE) as peers:
-            if turns % 2:
-                await ask(peers, "a", hedge=False)
-            asking = asyncio.ensure_future(ask(peers, "b", "a"))
-            for _ in range(turns):
-                await asyncio.sleep(0 if turns < 8 else 0.0005)
-            asking.cancel()
-            await asyncio.wait([asking])
-            await until(lambda: b.open == 0)
-            assert not peers._asker.running
-            for _ in range(3):
-                assert await ask(peers, "a", hedge=False) == ("a", b"x")
-            assert a.open <= 2
+    async with (
+        FakePeer("a", default=says(b"x")) as a,
+        FakePeer("b", default=hangs()) as b,
+        peers_of(a, b, connections=2, **HEDGES_AT_ONCE) as peers,
+    ):
+        if turns % 2:
+            await ask(peers, "a", hedge=False)
+        asking = asyncio.ensure_future(ask(peers, "b", "a"))
+        for _ in range(turns):
+            await asyncio.sleep(0 if turns < 8 else 0.0005)
+        asking.cancel()
+        await asyncio.wait([asking])
+        await until(lambda: b.open == 0)
+        assert not peers._asker.running
+        for _ in range(3):
+            assert await ask(peers, "a", hedge=False) == ("a", b"x")
+        assert a.open <= 2
 
 
 async def test_closing_gives_up_what_is_asked() -> None:
