@@ -157,7 +157,7 @@ async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterato
         origin = OriginLane(settings.origin, from_config(settings.origin, clock), clock)
         await origin.start()
         stack.push_async_callback(origin.close)
-        reader = Reader(settings.cache.dir)
+        reader = Reader(settings.cache.dir, alone=not settings.cluster.enabled)
         stack.callback(reader.close)
         rules = Rules(settings.rules)
         carrier = Carrier(settings, reader, origin, rules, clock, tasks)
