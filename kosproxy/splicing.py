@@ -107,6 +107,7 @@ class Pipes:
     def __init__(self, most: int = PIPES_MAX) -> None:
         self._left = most
         self._free: list[Pipe] = []
+        self._closed = False
 
     def take(self) -> Vessel:
         """An empty one."""
@@ -123,13 +124,15 @@ class Pipes:
         """Done with it. What it still holds is lost with it."""
         if not isinstance(vessel, Pipe):
             return
-        if vessel.held:
+        if vessel.held or self._closed:
             vessel.close()
             self._left += 1
         else:
             self._free.append(vessel)
 
     def close(self) -> None:
+        """Closes all, those in use when they are given back."""
+        self._closed = True
         for pipe in self._free:
             pipe.close()
         self._left += len(self._free)
