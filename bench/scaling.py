@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import socket
@@ -36,7 +37,7 @@ from bench.results import Outcome
 from kos.config import Cluster
 from koscache.cluster import wire
 from koscache.cluster.coherence import Coherence, Membership
-from koscache.cluster.ring import GROUP, Ring
+from koscache.cluster.ring import GROUP, POINTS, PROBES, Ring
 from koscache.cluster.view import Member, View
 from koscache.fence import SLOTS
 from koscache.ipc import Connection, Message, frame
@@ -205,11 +206,26 @@ def _keys(outcome: Outcome, tables: Tables, sizes: Sequence[int], effort: float)
         found = _spread((ring.owners("b", f"{attempt}/{number}", 1)[0] for number in range(1000)), ring)
         outside += any(abs(share - 1) > _WITHIN for share in found)
     outcome.add("keys_5_nodes_outside_per_1000", outside / attempts * 1000)
+    expected = [_outside(5, 1000, points) * 1000 for points in (_evened(POINTS), POINTS, 3 * POINTS, math.inf)]
     tables.add(
-        "1000 keys on 5 nodes: in how many of so many clusters a node is off its share by more than a quarter",
-        ("clusters", "of them off"),
-        [(attempts, outside)],
-    )
+        "1000 keys on 5 nodes: a node is off its share by more than a quarter",
+        ("clusters simulated", "of them off", "expected, of 1000", "with one place for each key", "and thrice the points", "with a perfect ring"),  # noqa: E501
+        [(attempts, outside, *expected)],
+    )  # fmt: skip
+
+
+def _evened(points: int) -> float:
+    """As many points would be as even with one place for each key. Of k places the nearest counts: a point that is a gap g
+    (of mean 1) behind the one before it has k/(k-1) (1 - exp(-(k-1) g)) keys, whose variance is 1 / (2k - 1)."""
+    return points * (2 * PROBES - 1)
+
+
+def _outside(nodes: int, keys: int, points: float) -> float:
+    """How probable it is that one of the nodes is off by more than a quarter: chance of the keys, and of the points."""
+    share = 1 / nodes
+    variance = keys * share * (1 - share) + (keys * share) ** 2 * (1 - share) / points
+    off = math.floor(_WITHIN * keys * share) + 0.5
+    return nodes * math.erfc(off / math.sqrt(2 * variance))
 
 
 def _blocks(outcome: Outcome, tables: Tables, effort: float) -> None:
