@@ -7,6 +7,7 @@ is a member's. Does not own: connections (koscache.carrier.peers), serving (kosp
     GET /kos/1/block     x-kos-ask: AskBlock    a slice of one block of one version
     GET /kos/1/checksum  x-kos-ask: AskBlock    the checksum of the whole block, once it is in the store
     GET /kos/1/ahead     x-kos-ask: AskAhead    have these blocks brought; 204 at once
+    GET /kos/1/take      x-kos-ask: AskTake     have them brought from a member that leaves; 204 at once, 503: not now
 
 Every question carries x-kos-auth: "<member> <epoch ms> <hex HMAC-SHA256>". Whoever is asked answers from its own store or the
 origin and never asks a third node, so questions cannot go round in circles.
@@ -41,6 +42,7 @@ OBJECT: Final = "/kos/1/object"
 BLOCK: Final = "/kos/1/block"
 CHECKSUM: Final = "/kos/1/checksum"
 AHEAD: Final = "/kos/1/ahead"
+TAKE: Final = "/kos/1/take"
 
 ASK_HEADER: Final = "x-kos-ask"
 AUTH_HEADER: Final = "x-kos-auth"
@@ -124,6 +126,18 @@ class AskAhead(msgspec.Struct, frozen=True, array_like=True):
     block_bytes: int = 0
 
 
+class AskTake(msgspec.Struct, frozen=True, array_like=True):
+    """These blocks of the version have become the asked member's, and the member `source`, which drains, has them in its
+    store. block_bytes: as in AskBlock."""
+
+    bucket: str
+    name: str
+    record: Record
+    numbers: tuple[int, ...]
+    source: str
+    block_bytes: int = 0
+
+
 class Failed(msgspec.Struct, frozen=True, array_like=True):
     """Why there are no bytes. outcome: as of an open; NOT_STORED: ask the origin yourself; LEADER_GAVE_UP: not here, try
     another. changed: the origin has another version."""
@@ -135,7 +149,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True):
     changed: bool = False
 
 
-Ask = AskObject | AskBlock | AskAhead
+Ask = AskObject | AskBlock | AskAhead | AskTake
 
 UNSIGNED: Final = 401
 NOT_PROTOCOL: Final = 400
@@ -202,7 +216,7 @@ def object_slice(ask: AskObject, size: int, block_bytes: int) -> tuple[int, int]
     return (0 if ask.whole_block else start), min(size if ask.whole_block else stop, block_bytes)
 
 
-A = TypeVar("A", AskObject, AskBlock, AskAhead, Said, Failed)
+A = TypeVar("A", AskObject, AskBlock, AskAhead, AskTake, Said, Failed)
 
 _encoder = msgspec.msgpack.Encoder()
 
