@@ -11,6 +11,7 @@ Names: `_bytes` and `_s` are left off in the file, where the value carries its u
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -56,6 +57,7 @@ from kos.config_values import (
     size_or_auto,
     split_address,
 )
+from kos.errors import ConfigError
 
 __all__ = [
     "ALWAYS",
@@ -73,6 +75,7 @@ __all__ = [
     "Rule",
     "Supervisor",
     "load",
+    "own_name",
     "split_address",
 ]
 
@@ -304,6 +307,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     supervisor: Supervisor = Supervisor()
     log: Log = Log()
+
+
+def own_name(settings: Config) -> str:
+    """This node's name in a cluster. Raises ConfigError where it is the host's, and that is none for a member."""
+    name = settings.cluster.name or socket.gethostname()
+    try:
+        return str(NAME.parse(name))
+    except ValueError:
+        raise ConfigError(f"cluster.name: found the host's name {name!r}, allowed: {NAME.allowed}") from None
 
 
 def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:

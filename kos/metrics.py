@@ -66,6 +66,9 @@ PEER_HEAD_SECONDS: Final = Histogram(
     ["path"],
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
 )
+PEER_BLOCKS_BAD: Final = Counter(
+    "kos_peer_blocks_bad_total", "Blocks of other nodes that were not what their checksum says", ["member"]
+)
 PEER_ANSWERS: Final = Counter(
     "kos_peer_answers_total",
     "Questions of other nodes that were answered. path: object, block, checksum, ahead, none. lane: fast, slow",

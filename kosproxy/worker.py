@@ -1,4 +1,4 @@
-"""One worker process: an S3 endpoint on a port that it shares with its siblings.
+"""One worker process: an S3 endpoint on a port that it shares with its siblings, and what other nodes ask of this one.
 
 Owns: making the parts and taking them down in order, the listening socket, signals, telling the supervisor how it is.
 Does not own: being restarted (kos.node.supervisor), or anything that happens to a request.
@@ -14,10 +14,11 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -33,12 +34,13 @@ from kos.origin.credentials import from_config
 from kos.origin.lane import OriginLane
 from kos.rules import Rules
 from kos.tasks import Tasks
-from koscache.carrier import Carrier
+from koscache.carrier import Carrier, Peers, TouchMap
 from koscache.reader import Reader
 from kosproxy.certificate import Certificate
 from kosproxy.listings import Listings
 from kosproxy.pages import Pages, PageStore
 from kosproxy.parts import Parts
+from kosproxy.peering import edge_of
 from kosproxy.pipeline import Pipeline
 from kosproxy.render import not_tls, turned_away
 from kosproxy.server import Edge
@@ -64,28 +66,34 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kosproxy.worker")
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--index", type=int, default=0, help="this worker's number on its node")
-    parser.add_argument("--s3", metavar="HOST:PORT", help="where to listen; default: listen.s3")
-    parser.add_argument("--s3-tls", metavar="HOST:PORT", help="where to listen for https; default: listen.s3_tls")
+    parser.add_argument("--s3", metavar="HOST:PORT", help="where to listen for clients")
+    parser.add_argument("--s3-tls", metavar="HOST:PORT", help="where to listen for clients over https")
+    parser.add_argument("--peer", metavar="HOST:PORT", help="where to listen for other nodes of the cluster")
+    parser.epilog = "With none of these addresses: all that the configuration has."
     arguments = parser.parse_args(argv)
+    named = {"s3": arguments.s3, "s3_tls": arguments.s3_tls, "peer": arguments.peer}
     status = ChildStatus.from_env()
     status.starting()
     try:
         settings = config.load(arguments.config)
         log.setup(settings.log.level)
-        addresses = (arguments.s3 or settings.listen.s3, arguments.s3_tls or settings.listen.s3_tls)
-        backlog = settings.limits.backlog
+        addresses = {name: at for name, at in named.items() if at is not None} or _configured(settings)
         # First: from the moment that it listens, clients come to this worker instead of to its siblings.
-        certificate = Certificate(settings.listen) if addresses[1] is not None else None
-        http, https = (
-            listen(f"listen.{name}", at, backlog) if at is not None else None
-            for name, at in zip(("s3", "s3_tls"), addresses, strict=True)
-        )
-        uvloop.run(serve(settings, http, https, certificate, status))
+        certificate = Certificate(settings.listen) if "s3_tls" in addresses else None
+        backlog = settings.limits.backlog
+        listening = {name: listen(f"listen.{name}", at, backlog) for name, at in addresses.items()}
+        uvloop.run(serve(settings, listening, certificate, status))
     except ConfigError as error:
         status.failed(str(error))
         print(error, file=sys.stderr)
         return EXIT_CONFIG
     return 0
+
+
+def _configured(settings: Config) -> dict[str, str]:
+    listen = settings.listen
+    found = {"s3": listen.s3, "s3_tls": listen.s3_tls, "peer": listen.peer if settings.cluster.enabled else None}
+    return {name: at for name, at in found.items() if at is not None}
 
 
 def listen(option: str, address: str, backlog: int) -> socket.socket:
@@ -108,12 +116,11 @@ def listen(option: str, address: str, backlog: int) -> socket.socket:
 
 async def serve(
     settings: Config,
-    http: socket.socket | None,
-    https: socket.socket | None,
+    listening: Mapping[str, socket.socket],
     certificate: Certificate | None,
     status: ChildStatus,
 ) -> None:
-    """Answer requests on the listening sockets until SIGTERM or SIGINT, then drain."""
+    """Answer requests until SIGTERM or SIGINT, then drain. listening: sockets by name: s3, s3_tls, peer."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -121,13 +128,18 @@ async def serve(
     async with parts_of(settings) as parts:
         loop.add_signal_handler(signal.SIGHUP, _hangup, parts.access_log, certificate)
         edge = Edge(Pipeline(parts), settings.limits, parts.threads, turned_away())
+        edges = [edge]
         servers = []
-        if http is not None:
-            servers.append(await loop.create_server(edge, sock=http, backlog=settings.limits.backlog))
-        if https is not None and certificate is not None:
-            tls_edge = TlsEdge(edge, certificate.context, not_tls())
-            servers.append(await loop.create_server(tls_edge, sock=https, backlog=settings.limits.backlog))
-            parts.tasks.spawn(certificate.watch(parts.clock, parts.threads), "certificate")
+        for name, sock in listening.items():
+            factory: Edge | TlsEdge = edge
+            if name == "s3_tls":
+                assert certificate is not None, "made before it was listened"
+                factory = TlsEdge(edge, certificate.context, not_tls())
+                parts.tasks.spawn(certificate.watch(parts.clock, parts.threads), "certificate")
+            elif name == "peer":
+                factory = edge_of(parts)
+                edges.append(factory)
+            servers.append(await loop.create_server(factory, sock=sock, backlog=settings.limits.backlog))
         # What lives now lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
@@ -138,7 +150,7 @@ async def serve(
         status.draining()
         for server in servers:
             server.close()
-        await edge.drain(settings.limits.drain_s)
+        await asyncio.gather(*(each.drain(settings.limits.drain_s) for each in edges))
 
 
 @contextlib.asynccontextmanager
@@ -160,7 +172,10 @@ async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterato
         reader = Reader(settings.cache.dir, alone=not settings.cluster.enabled)
         stack.callback(reader.close)
         rules = Rules(settings.rules)
-        carrier = Carrier(settings, reader, origin, rules, clock, tasks)
+        peers, touches = _cluster_parts(settings, clock, tasks)
+        if touches is not None:
+            stack.callback(touches.close)
+        carrier = Carrier(settings, reader, origin, rules, clock, tasks, peers, touches)
         await carrier.start()
         stack.push_async_callback(carrier.close)
         listings = None
@@ -183,6 +198,22 @@ async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterato
             hashers=hashers,
             listings=listings,
         )
+
+
+def _cluster_parts(settings: Config, clock: Clock, tasks: Tasks) -> tuple[Peers | None, TouchMap | None]:
+    """What it takes to ask other nodes. Raises ConfigError."""
+    cluster = settings.cluster
+    if not cluster.enabled:
+        return None, None
+    assert cluster.secret is not None, "checked with the configuration"
+    try:
+        os.makedirs(settings.cache.dir, mode=0o750, exist_ok=True)
+        touches = TouchMap(settings.cache.dir)
+    except OSError as error:
+        raise ConfigError(f"cache.dir: {settings.cache.dir}: {error.strerror}") from error
+    host, _ = config.split_address(settings.listen.peer)
+    local = None if host in ("0.0.0.0", "::") else host
+    return Peers(cluster, config.own_name(settings), cluster.secret.encode(), clock, tasks, local), touches
 
 
 def _hangup(access_log: AccessLog, certificate: Certificate | None) -> None:

@@ -28,6 +28,7 @@ A key is everywhere here the name of an object: a client's key for the current o
 
 from koscache.carrier.body import Body
 from koscache.carrier.carrier import Carrier, CarrierStats
+from koscache.carrier.peers import Peers
 from koscache.carrier.types import (
     BytesPiece,
     Changed,
@@ -42,6 +43,7 @@ from koscache.carrier.types import (
     Want,
 )
 from koscache.content import Freshness, Record, version_name
+from koscache.touchmap import TouchMap
 
 __all__ = [
     "Body",
@@ -53,12 +55,14 @@ __all__ = [
     "Freshness",
     "Opened",
     "Peek",
+    "Peers",
     "Phase",
     "Piece",
     "Reason",
     "Record",
     "Sight",
     "StreamPiece",
+    "TouchMap",
     "Want",
     "version_name",
 ]

@@ -19,6 +19,7 @@ from koscache.carrier.context import Context
 from koscache.carrier.fetch import content_range, refusal, unavailable
 from koscache.carrier.first import First, Judged, Kind, Verdict, after_416, judge_answer
 from koscache.carrier.ticket import Ticket
+from koscache.carrier.types import Phase
 from koscache.content import Record, block_length, make_record, split_name
 from koscache.ipc import OpenOutcome, Refusal
 
@@ -31,7 +32,8 @@ class Answer:
 
     reason: a Reason's value, or why the origin is unavailable. renewed: it was a 304. ticket: the body, unread. block:
     the number of the block that the body begins with and has whole. body: that block's bytes, when it is small.
-    requests: how many were made.
+    requests: how many were made. phase: of an answer that came by way of another node; fills: whether what it brought is to
+    be kept here.
     """
 
     outcome: OpenOutcome
@@ -44,6 +46,8 @@ class Answer:
     block: int | None = None
     body: bytes | None = None
     requests: int = 0
+    phase: Phase | None = None
+    fills: bool = True
 
 
 async def ask_origin(
@@ -86,7 +90,7 @@ async def ask_origin(
             if known is not None and answer.record is not None and answer.record.content == known.content:
                 answer.renewed = answer.ticket is None and answer.body is None
             if answer.outcome is OpenOutcome.STORED and not alone:
-                await _find_block(context, asking, answer)
+                await find_block(context, answer, border=asking.kind is Kind.BLOCK)
             return answer
         response.close()
         asking = after_416(asking)
@@ -153,8 +157,9 @@ def _span(first: First, response: OriginResponse, size: int) -> tuple[int, int] 
     return found[0], found[1]
 
 
-async def _find_block(context: Context, first: First, answer: Answer) -> None:
-    """Sees whether the body is (or begins with) a block, and reads it if it is a small one."""
+async def find_block(context: Context, answer: Answer, *, border: bool) -> None:
+    """Sees whether the body is (or begins with) a block, and reads it if it is a small one. border: it was asked for from a
+    block's border on."""
     ticket, record = answer.ticket, answer.record
     if ticket is None or record is None:
         return
@@ -162,7 +167,7 @@ async def _find_block(context: Context, first: First, answer: Answer) -> None:
     number, offset = divmod(ticket.start, block_bytes)
     length = block_length(record.size, number, block_bytes)
     whole = ticket.start == 0 and ticket.stop == record.size and record.size <= block_bytes
-    if offset or ticket.stop - ticket.start < length or (first.kind is not Kind.BLOCK and not whole):
+    if offset or ticket.stop - ticket.start < length or not (border or whole):
         return
     answer.block = number
     if length <= context.cache.small_bytes and ticket.stop - ticket.start == length:
@@ -175,7 +180,8 @@ async def _find_block(context: Context, first: First, answer: Answer) -> None:
             body = b""  # the record holds; whoever wants the bytes asks for them
         finally:
             response.close()
-        metrics.BYTE_COUNTS.add(("origin",), len(body))
+        if answer.phase is None:
+            metrics.BYTE_COUNTS.add(("origin",), len(body))
         if len(body) == length:
             answer.body = body
         else:

@@ -63,12 +63,14 @@ class Blocks:
         self, bucket: str, key: str, record: Record, number: int, *, touch: bool, on_request: OnRequest,
         ahead: bool = False,
         ticket: Ticket | None = None,
+        direct: bool = False,
+        only: str | None = None,
     ) -> asyncio.Future[Source]:  # fmt: skip
         """Asks the daemon who brings the block, once for all readers of this worker.
 
         ticket: an answer of the origin whose body begins with the block; used if this worker is to lead, closed if the
         block comes another way, left in the ticket if it is to be passed through. Await the future shielded: it belongs
-        to all who ask. ahead: nobody waits for it yet.
+        to all who ask. ahead: nobody waits for it yet. direct, only: where this worker gets it from, if it is to lead.
 
         Nothing is asked twice: not while a question is open, nor while the block is growing.
         """
@@ -89,7 +91,7 @@ class Blocks:
 
         def reply(message: Any) -> None:
             del self._asking[at]
-            source = self._answered(message, at, bucket, key, record, length, on_request, ticket)
+            source = self._answered(message, at, bucket, key, record, length, on_request, ticket, direct, only)
             if ticket is not None:
                 ticket.settled(passed=isinstance(source, PassReason))
             if not future.done():
@@ -103,10 +105,12 @@ class Blocks:
 
     def _answered(
         self, message: Any, at: BlockKey, bucket: str, key: str, record: Record, length: int, on_request: OnRequest,
-        ticket: Ticket | None,
+        ticket: Ticket | None, direct: bool, only: str | None,
     ) -> Source:  # fmt: skip
         if isinstance(message, ipc.BlockLead):
-            return self._lead(message.lease, message.extent, at, bucket, key, record, length, on_request, ticket)
+            return self._lead(
+                message.lease, message.extent, at, bucket, key, record, length, on_request, ticket, direct, only
+            )
         if isinstance(message, ipc.BlockFollow):
             growing = Growing(length, message.extent, local=False, watermark=message.watermark)
             self._growing[at] = growing
@@ -118,12 +122,14 @@ class Blocks:
 
     def _lead(
         self, lease: int, extent: Extent | None, at: BlockKey, bucket: str, key: str, record: Record, length: int,
-        on_request: OnRequest, ticket: Ticket | None,
+        on_request: OnRequest, ticket: Ticket | None, direct: bool, only: str | None,
     ) -> Source:  # fmt: skip
         growing = Growing(length, extent, local=True)
         response = None if ticket is None else ticket.take()
         start = at[1] * self._context.cache.block_bytes
-        fill = Fill(self._context, growing, lease, bucket, key, record, start, response, on_request)
+        fill = Fill(
+            self._context, growing, lease, bucket, key, record, start, response, on_request, direct=direct, only=only
+        )
         try:
             self._context.tasks.spawn(self._run(fill, at, growing), "fill")
         except TasksClosed:

@@ -10,8 +10,10 @@ For each block, the first that holds:
     the answer that opened the object has it, for this client alone ─▶ read that answer
     it is in the store                                              ─▶ a piece of the segment
     it is being filled, here or by another worker                   ─▶ pieces up to the watermark, as it moves
-    nobody has it: ask the daemon                                   ─▶ lead (then it is being filled here), follow, or
-                                                                       pass: a request for these bytes, uncached
+    another node keeps it, and it is not to be copied               ─▶ what that node sends, unseen
+    nobody has it: ask the daemon                                   ─▶ lead (then it is being filled here, from another
+                                                                       node or the origin), follow, or pass: a request
+                                                                       for these bytes, uncached
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from koscache.carrier.blocks import Blocks
 from koscache.carrier.context import Context
 from koscache.carrier.fetch import fetch, refused, service_unavailable
 from koscache.carrier.follow import Growing
+from koscache.carrier.peers import PeerResponse
+from koscache.carrier.ticket import Response
 from koscache.carrier.types import BytesPiece, Changed, FilePiece, Opened, Piece
 from koscache.content import Location
 from koscache.ipc import BlockOutcome, PassReason
@@ -38,6 +42,13 @@ _ATTEMPTS: Final = 4
 _FRUITLESS_MAX: Final = 8
 #: Reasons that hold for the blocks after this one as well: one request for all of them is better than one for each.
 _LASTING: Final = frozenset({PassReason.CACHING_OFF, PassReason.DAEMON_AWAY, PassReason.STORE_REFUSED})
+
+
+class _Elsewhere:
+    """Another node's, and not to be copied."""
+
+
+_ELSEWHERE: Final = _Elsewhere()
 
 
 class Body:
@@ -56,6 +67,8 @@ class Body:
         stop: int,
         touched: Callable[[bytes, int], None],
         give_back: Callable[[int], None],
+        *,
+        direct: bool = False,
     ) -> None:
         assert 0 <= start <= stop <= opened.record.size, "a body is a slice of its object"
         self._context = context
@@ -75,6 +88,10 @@ class Body:
         self._step: AsyncGenerator[Piece, None] | None = None
         self._fruitless = 0
         self._must_pass: PassReason | None = None
+        self._upstream = context.upstream
+        # For a peer, or with nobody to ask: other nodes have no part in it.
+        self._direct = direct or context.upstream.alone
+        self._not_there = -1  # a block that no other node could give
         self.origin_requests = 0
 
     def __aiter__(self) -> Body:
@@ -133,7 +150,7 @@ class Body:
         number = self._position // self._block_bytes
         if self._looking:
             self._look_ahead(number)
-        source: Location | Growing | PassReason | None = self._must_pass
+        source: Location | Growing | PassReason | _Elsewhere | None = self._must_pass
         self._must_pass = None
         if source is None:
             source = await self._source(number)
@@ -141,12 +158,20 @@ class Body:
             return self._from_store(number, source)
         if isinstance(source, Growing):
             return self._behind(number, source)
+        if isinstance(source, _Elsewhere):
+            return self._from_peer(number)
         return await self._pass(number, source)
 
-    async def _source(self, number: int) -> Location | Growing | PassReason:
+    async def _source(self, number: int) -> Location | Growing | PassReason | _Elsewhere:
         if not self._opened.stored:
             return PassReason.CACHING_OFF
         blocks, opened, record = self._blocks, self._opened, self._record
+        remote = (
+            not self._direct
+            and number != self._not_there
+            and self._upstream.remote(opened.bucket, opened.key, record, number)
+        )
+        passes = remote  # asked once: it counts as a touch
         for attempt in range(_ATTEMPTS):
             location = blocks.here(record, number)
             if location is not None:
@@ -164,9 +189,16 @@ class Body:
                     continue
                 if blocks.unverified(record, number):
                     return PassReason.DAEMON_AWAY
+            if passes and attempt == 0:
+                passes = not self._upstream.copies(opened.bucket, opened.key, record, number)
+            if passes or (remote and not self._context.link.caching):
+                return _ELSEWHERE
             if not self._context.link.caching:
                 return PassReason.DAEMON_AWAY  # or it is there and would say no: not worth waiting for
-            asked = blocks.ask(opened.bucket, opened.key, record, number, touch=self._touch, on_request=self._counted)
+            asked = blocks.ask(
+                opened.bucket, opened.key, record, number, touch=self._touch and not remote,
+                on_request=self._counted, direct=self._direct,
+            )  # fmt: skip
             try:
                 async with asyncio.timeout(self._context.cache.ipc_timeout_s):
                     source = await asyncio.shield(asked)
@@ -187,8 +219,11 @@ class Body:
         window = max(1, context.cache.fill_ahead_bytes // self._block_bytes)
         end = min(number + window, -(-self._stop // self._block_bytes))
         blocks, opened, record = self._blocks, self._opened, self._record
+        elsewhere: list[int] = []
         for ahead in range(max(self._ahead, number), end):
-            if blocks.growing(record, ahead) is None and context.reader.locate(record.content, ahead) is None:
+            if self._left_elsewhere(ahead):
+                elsewhere.append(ahead)
+            elif blocks.growing(record, ahead) is None and context.reader.locate(record.content, ahead) is None:
                 blocks.ask(
                     opened.bucket,
                     opened.key,
@@ -197,8 +232,18 @@ class Body:
                     touch=False,
                     ahead=ahead > number,
                     on_request=self._counted,
+                    direct=self._direct,
                 )
+        if elsewhere:
+            self._upstream.hint(opened.bucket, opened.key, record, elsewhere)
         self._ahead = max(self._ahead, end)
+
+    def _left_elsewhere(self, number: int) -> bool:
+        """Whether a block to come is another node's, and will be passed on without a copy."""
+        if self._direct:
+            return False
+        bucket, key, record, upstream = self._opened.bucket, self._opened.key, self._record, self._upstream
+        return upstream.remote(bucket, key, record, number) and not upstream.will_copy(bucket, key, record, number)
 
     def _counted(self) -> None:
         self.origin_requests += 1
@@ -222,6 +267,24 @@ class Body:
             self._position += length
         finally:
             self._give_back(location.segment)
+
+    async def _from_peer(self, number: int) -> AsyncGenerator[Piece, None]:
+        """What another node sends of the block. Brings nothing if none can: then this node does as if it kept it."""
+        opened, end = self._opened, number * self._block_bytes + self._end_in(number)
+        response = await self._upstream.ask_owners(
+            opened.bucket, opened.key, self._record, self._position, end, fill=not self._touch
+        )
+        if response is None:
+            self._not_there = number
+            return
+        try:
+            piece = response.stream(end - self._position)
+            yield piece
+            self._position += piece.taken
+            if piece.failure is not None:
+                raise piece.failure
+        finally:
+            response.release()
 
     async def _behind(self, number: int, growing: Growing) -> AsyncGenerator[Piece, None]:
         begin, end = number * self._block_bytes, self._end_in(number)
@@ -288,12 +351,13 @@ class Body:
             self._context.forget(opened.bucket, opened.key, self._record)
             raise
 
-    async def _through(self, response: OriginResponse, start: int, end: int) -> AsyncGenerator[Piece, None]:
+    async def _through(self, response: Response, start: int, end: int) -> AsyncGenerator[Piece, None]:
         """Pieces of [position, end) from an answer whose body begins at `start` of the object."""
         skip = self._position - start
         try:
             async for data in response.pieces():
-                metrics.BYTE_COUNTS.add(("origin",), len(data))
+                if not isinstance(response, PeerResponse):
+                    metrics.BYTE_COUNTS.add(("origin",), len(data))
                 if skip >= len(data):
                     skip -= len(data)
                     continue

@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 from kos.clock import Clock
 from kos.config import Config
@@ -33,10 +34,13 @@ from koscache.carrier.fetch import OnRequest
 from koscache.carrier.link import Link
 from koscache.carrier.open import Opener
 from koscache.carrier.parts import Parts
+from koscache.carrier.peers import Peers
 from koscache.carrier.types import FilePiece, Opened, Peek, Phase, Reason, Sight, Want
+from koscache.carrier.upstream import Upstream
 from koscache.content import VERSION_MARK, Freshness, Location, Record, judge, rule_of
 from koscache.disk import StoreFailed
 from koscache.reader import Reader, SegmentGone
+from koscache.touchmap import TouchMap
 
 _log: Final = logging.getLogger("koscache.carrier")
 
@@ -55,6 +59,10 @@ _RUN_MAX: Final = 256
 #: All fill buffers of a worker together. One is enough for a fill, and fills wait for each other's.
 _BUFFERS_BYTES: Final = 32 * 1024 * 1024
 _ANY: Final = Want()
+#: Fills of a worker at which it takes no more from a node that is about to leave.
+_TAKEN_MAX: Final = 16
+#: How often a daemon that is away is looked for by who must tell it of a write.
+_DAEMON_EVERY_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +90,20 @@ class _Write:
 class Carrier:
     """One per worker; all calls on the worker's loop. The reader may be unopened; start() opens it.
 
-    config: of the node. origin: a started kos.origin.lane.OriginLane. tasks: owner of the fills and of the link.
+    config: of the node. origin: a started kos.origin.lane.OriginLane. tasks: owner of the fills and of the link. peers,
+    touches: in a cluster.
     """
 
     def __init__(
-        self, config: Config, reader: Reader, origin: Origin, rules: Rules, clock: Clock, tasks: Tasks
+        self,
+        config: Config,
+        reader: Reader,
+        origin: Origin,
+        rules: Rules,
+        clock: Clock,
+        tasks: Tasks,
+        peers: Peers | None = None,
+        touches: TouchMap | None = None,
     ) -> None:
         cache = config.cache
         self._reader = reader
@@ -97,7 +114,11 @@ class Carrier:
         self._link = Link(cache, clock, tasks, self)
         buffers = BufferPool(cache.fill_buffer_bytes, _buffers_max(cache.fill_buffer_bytes, config.origin.connections))
         threads = ThreadPoolExecutor(cache.write_threads, thread_name_prefix="fill")
-        self._context = Context(config, reader, origin, rules, clock, tasks, self._link, buffers, threads)
+        self._upstream = Upstream(config, rules, peers, touches, clock, tasks)
+        self._context = Context(
+            config, reader, origin, rules, clock, tasks, self._link, buffers, threads, self._upstream
+        )
+        self._write_wait_s = config.cluster.write_wait_s if config.cluster.enabled else None
         self._blocks = Blocks(self._context)
         self._opener = Opener(self._context, self._blocks)
         self._parts = Parts(self._context)
@@ -126,6 +147,7 @@ class Carrier:
     async def close(self) -> None:
         """Ends the link. The owner of the tasks closes them (before or after), which gives up the fills in flight."""
         await self._link.close()
+        self._upstream.close()
         self._context.threads.shutdown(wait=True, cancel_futures=True)
 
     @property
@@ -153,6 +175,8 @@ class Carrier:
         # Not rule_of() for what is no version: a plain hit has no call to spare.
         rule = rule_of(self._rules, bucket, key) if key[:1] == VERSION_MARK else self._rules.match(bucket, key)
         found = reader.first(bucket, key)
+        if not reader.fence.trusted():
+            rule = self._context.rule(bucket, key)
         if found is None:
             return Peek(None, Freshness.ABSENT, 0.0, rule, None)
         record, slot, location, _ = found
@@ -179,7 +203,7 @@ class Carrier:
         record, location = found.record, found.location
         if not location.verified or stop > location.length or record.fence == 0:
             return None
-        fresh_s = rule_of(self._rules, bucket, key).freshness
+        fresh_s = self._context.rule(bucket, key).freshness
         valid_from = -math.inf if fresh_s == math.inf else record.validated_at
         return Sight(found, location, record.fence, valid_from, record.validated_at + fresh_s, start, stop)
 
@@ -240,11 +264,20 @@ class Carrier:
         Raises S3Error ServiceUnavailable or SlowDown with Retry-After when the origin cannot be asked and nothing may be
         served stale; OriginRefused when it answered with an error. Cancelling it never cancels the question.
         """
-        return await self._opener.open(bucket, key, want)
+        if gone:
+            record = self._reader.record(bucket, key)
+            if record is not None and record.etag == gone:
+                self._context.forget(bucket, key, record)
+        return await self._opener.open(bucket, key, want, direct=direct)
 
     def vouches(self, bucket: str, key: str, record: Record) -> bool:
-        """Whether another node may keep this record, which was opened just now, as if it had it from the origin. No await."""
-        return True
+        """Whether another node may keep this record, which was opened just now, as if it had it from the origin. No await.
+
+        The mark is looked at before the value: a write of another node marks the slot before it changes the value.
+        """
+        fence = self._reader.fence
+        slot = fence.slot(bucket, key)
+        return fence.vouching(slot) and record.fence == fence.value(slot) != 0
 
     def version(self, bucket: str, key: str, record: Record, want: Want = _ANY) -> Opened:
         """As open(), of a version that the caller knows to have been there."""
@@ -252,6 +285,24 @@ class Carrier:
 
     def ahead(self, bucket: str, key: str, record: Record, numbers: Sequence[int]) -> None:
         """Has these blocks of the version brought into the store, from the origin, as far as there is room. No await."""
+        self._bring(bucket, key, record, numbers, None)
+
+    def take(self, bucket: str, key: str, record: Record, numbers: Sequence[int], source: str) -> bool:
+        """As ahead(), from the node `source`, which is about to leave. False: there is no room now, ask again. No await."""
+        if not self.caching or self._blocks.fills >= _TAKEN_MAX:
+            return False
+        self._bring(bucket, key, record, numbers, source)
+        return True
+
+    def _bring(self, bucket: str, key: str, record: Record, numbers: Sequence[int], source: str | None) -> None:
+        if not self.caching:
+            return
+        for number in numbers:
+            if self._blocks.growing(record, number) is None and self._reader.locate(record.content, number) is None:
+                self._blocks.ask(
+                    bucket, key, record, number, touch=False, on_request=_uncounted, ahead=True,
+                    direct=source is None, only=source,
+                )  # fmt: skip
 
     def block_checksum(self, record: Record, number: int) -> int | None:
         """xxh3_64 of the whole block, if it is in the store and verified. No await."""
@@ -260,7 +311,7 @@ class Carrier:
 
     def body(self, opened: Opened, start: int, stop: int, *, direct: bool = False) -> Body:
         """The slice [start, stop) of what was opened. Close it, and then `opened`. direct: ask no other peer for it."""
-        return Body(self._context, self._blocks, opened, start, stop, self._touched, self._give_back)
+        return Body(self._context, self._blocks, opened, start, stop, self._touched, self._give_back, direct=direct)
 
     def listing_values(self, bucket: str, prefix: str) -> tuple[int, int]:
         """What a page of a listing of the prefix is guarded by: the present values of its two fence slots.
@@ -297,7 +348,8 @@ class Carrier:
         bucket_itself: the bucket may be made or removed by it, or answer otherwise (policy, versioning).
 
         Afterwards no record of these that was validated before counts, in any worker, and no page of a listing that may
-        show one of the keys (or is of the bucket, if bucket_itself). When it is left by an exception
+        show one of the keys (or is of the bucket, if bucket_itself), on any node: it raises S3Error ServiceUnavailable if not
+        all nodes of a cluster can be told in time. When it is left by an exception
         or cancellation the origin may still carry the write out, so the fence is passed once more when it must have ended.
         """
         fence = self._reader.fence
@@ -318,6 +370,10 @@ class Carrier:
             # What kos itself refused (a checksum, a length) never was a whole request for the origin.
             ended = refused.status < 500
             raise
+        else:
+            self._bump(slots)
+            if self._write_wait_s is not None:
+                await self._heard_everywhere(write, self._write_wait_s)
         finally:
             self._bump(slots)
             if ended:
@@ -329,6 +385,28 @@ class Carrier:
                 self._unsettled_slots += len(slots)
                 while len(self._unsettled) > _UNSETTLED_MAX or self._unsettled_slots > _UNSETTLED_SLOTS_MAX:
                     self._settle()
+
+    async def _heard_everywhere(self, write: _Write, wait_s: float) -> None:
+        """Returns when every node of the cluster has heard of the write. Raises S3Error when not within wait_s."""
+        left_s = wait_s
+        while left_s > 0:
+            asked_at = self._clock.monotonic()
+            tokens = write.tokens
+            said: Any = None
+            if self._link.welcome:
+                write.tokens = []  # the daemon ends them; should it die, all is said again under new ones
+                said = await self._link.answer(partial(_ask_end, tokens))
+            if isinstance(said, ipc.Done):
+                if said.ok:
+                    return
+                break
+            await self._clock.sleep(_DAEMON_EVERY_S)
+            left_s -= self._clock.monotonic() - asked_at
+        raise S3Error(
+            "ServiceUnavailable",
+            "The origin has carried this out, but not all nodes of the cluster could be told of it. Send it again.",
+            headers={"Retry-After": "1"},
+        )
 
     def _settle(self) -> None:
         """Passes the fence for the oldest write whose end is unknown, and tells the daemon that it has ended."""
@@ -406,12 +484,22 @@ class Carrier:
         self._blocks.link_down()
 
     def pushed(self, message: ipc.Message) -> None:
-        if isinstance(message, ipc.Evicted):
+        if isinstance(message, ipc.ClusterView):
+            self._upstream.viewed(message.name, message.view)
+        elif isinstance(message, ipc.Evicted):
             for segment in message.segments:
                 if self._reader.drop(segment):
                     self._link.tell(ipc.Released(segment))
         else:
             self._blocks.pushed(message)
+
+
+def _ask_end(tokens: list[int], ask: int) -> ipc.Message:
+    return ipc.AskEnd(ask, tokens)
+
+
+def _uncounted() -> None:
+    """Requests for what nobody in particular asked for."""
 
 
 def _buffers_max(buffer_bytes: int, connections: int) -> int:

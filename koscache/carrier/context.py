@@ -13,16 +13,22 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, Protocol
+
+import msgspec
 
 from kos.clock import Clock
-from kos.config import Cache, Config, Rule
+from kos.config import ALWAYS, Cache, Config, Rule
 from kos.origin.response import OriginResponse
 from kos.rules import Rules
 from kos.tasks import Tasks
 from koscache.carrier.link import Link
 from koscache.content import Record, rule_of, split_name
 from koscache.reader import Reader
+
+if TYPE_CHECKING:
+    from koscache.carrier.upstream import Upstream
 
 #: What the origin is asked to add to every answer.
 CHECKSUM_MODE = ("x-amz-checksum-mode", "ENABLED")
@@ -91,6 +97,12 @@ class BufferPool:
         self._free.append(buffer)
 
 
+@lru_cache(maxsize=256)
+def _confirmed(rule: Rule) -> Rule:
+    """Asked for each time, and never served because the origin is down: a write may have gone by unheard."""
+    return msgspec.structs.replace(rule, freshness=ALWAYS, stale_if_error_s=0.0)
+
+
 @dataclass(slots=True, eq=False)
 class Context:
     config: Config
@@ -102,6 +114,7 @@ class Context:
     link: Link
     buffers: BufferPool
     threads: ThreadPoolExecutor
+    upstream: Upstream
 
     @property
     def cache(self) -> Cache:
@@ -125,8 +138,9 @@ class Context:
         )
 
     def rule(self, bucket: str, key: str) -> Rule:
-        """How long a record of it may be trusted; see rule_of()."""
-        return rule_of(self.rules, bucket, key)
+        """How long a record of it may be trusted; see rule_of(). While the fence is not to be trusted: not at all."""
+        rule = rule_of(self.rules, bucket, key)
+        return rule if self.reader.fence.trusted() else _confirmed(rule)
 
     def forget(self, bucket: str, key: str, record: Record) -> None:
         """The origin has another version than the record says: the next open asks it.
@@ -138,3 +152,4 @@ class Context:
         slot = fence.slot(bucket, key)
         if fence.value(slot) == record.fence:
             fence.bump(slot)
+        self.upstream.gone(bucket, key, record.etag)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from kos.errors import OriginBroken, OriginError, OriginRefused, OriginUnavailable, S3Error
 from kos.origin.response import OriginResponse
 from koscache.carrier.context import CHECKSUM_MODE, Context
+from koscache.carrier.ticket import Response
 from koscache.carrier.types import Changed
 from koscache.content import Record
 from koscache.ipc import Refusal
@@ -122,3 +123,39 @@ async def fetch(
         response.close()
         raise OriginBroken("a whole object in answer to a range")
     return response
+
+
+async def fetch_block(
+    context: Context,
+    bucket: str,
+    key: str,
+    record: Record,
+    start: int,
+    stop: int,
+    on_request: OnRequest,
+    *,
+    direct: bool = False,
+    only: str | None = None,
+) -> Response:
+    """Bytes [start, stop) of record's version, which lie in one block, to be kept here: from the node that keeps it, or from
+    the origin. direct: from the origin alone. only: from that node rather than from others. Raises as fetch() does.
+    """
+    upstream = context.upstream
+    number = start // context.cache.block_bytes
+    remote = not direct and (only is not None or upstream.remote(bucket, key, record, number))
+    if remote:
+        try:
+            theirs = await upstream.ask_owners(bucket, key, record, start, stop, fill=True, only=only)
+        except OriginUnavailable:
+            theirs = None  # there, perhaps not here
+        if theirs is not None:
+            return theirs
+    try:
+        return await fetch(context, bucket, key, record, start, stop, on_request)
+    except OriginUnavailable:
+        if direct or remote:
+            raise
+        theirs = await upstream.ask_owners(bucket, key, record, start, stop, fill=True)
+        if theirs is None:
+            raise
+        return theirs

@@ -15,13 +15,15 @@ import os
 
 from kos import metrics
 from kos.errors import OriginBroken, OriginRefused, OriginUnavailable
-from kos.origin.response import OriginResponse
 from koscache import ipc
 from koscache.carrier.context import Context
-from koscache.carrier.fetch import OnRequest, fetch
+from koscache.carrier.fetch import OnRequest, fetch_block
 from koscache.carrier.follow import Growing
+from koscache.carrier.peers import PeerResponse
 from koscache.carrier.sink import FileSink
+from koscache.carrier.ticket import Response
 from koscache.carrier.types import Changed
+from koscache.carrier.upstream import checksum_of
 from koscache.content import Extent, Record, body_checksum
 from koscache.ipc import BlockOutcome, Refusal
 from koscache.leases import NO_LEASE
@@ -40,7 +42,8 @@ class _Ended(Exception):
 
 
 class Fill:
-    """start: of the block in the object. response: an answer whose body begins at `start`, or None to ask for one."""
+    """start: of the block in the object. response: an answer whose body begins at `start`, or None to ask for one. direct:
+    ask the origin alone. only: ask that node rather than others."""
 
     def __init__(
         self,
@@ -51,8 +54,11 @@ class Fill:
         key: str,
         record: Record,
         start: int,
-        response: OriginResponse | None,
+        response: Response | None,
         on_request: OnRequest,
+        *,
+        direct: bool = False,
+        only: str | None = None,
     ) -> None:
         self._context = context
         self._growing = growing
@@ -62,6 +68,11 @@ class Fill:
         self._start = start
         self._response = response
         self._on_request = on_request
+        self._direct = direct
+        self._only = only
+        #: the other node, if bytes came from one, and what it says that the whole block's checksum is
+        self._member: str | None = None
+        self._expected: int | None = None
         self._told_at = context.clock.monotonic()
         self.lease = lease
         self.followed = False
@@ -74,6 +85,8 @@ class Fill:
                 checksum = await self._receive_small()
             else:
                 checksum = await self._receive(growing.extent)
+            if self._member is not None:
+                await self._compare(checksum, self._member)
         except _Ended as ended:
             self._fail(ended.outcome, ended.reason)
             return
@@ -87,6 +100,18 @@ class Fill:
         done = await self._context.link.answer(lambda ask: ipc.BlockDone(ask, lease, checksum, body))
         stored = isinstance(done, ipc.Done) and done.ok
         growing.end(BlockOutcome.COMMITTED if stored else BlockOutcome.DISK_FAILED)
+
+    async def _compare(self, checksum: int, member: str) -> None:
+        """What another node sent is kept only if it is what that node has. What it cannot tell it has not kept itself: then
+        it passed on what the origin sent."""
+        expected, upstream = self._expected, self._context.upstream
+        number = self._start // self._context.cache.block_bytes
+        if expected is None:
+            expected = await upstream.checksum(self._bucket, self._key, self._record, number, member)
+        if expected is not None and expected != checksum:
+            metrics.PEER_BLOCKS_BAD.labels(member).inc()
+            upstream.bad(self._record, number)
+            raise _Ended(BlockOutcome.LEADER_GAVE_UP, f"a block of {member} is not what its checksum says")
 
     def _fail(self, outcome: BlockOutcome, reason: str) -> None:
         if outcome not in (BlockOutcome.CHANGED, BlockOutcome.REFUSED, BlockOutcome.LEADER_GAVE_UP):
@@ -135,7 +160,8 @@ class Fill:
             except (OriginBroken, OriginUnavailable, OriginRefused, Changed) as error:
                 await self._failed_attempt(error, attempt_number)
             else:
-                metrics.BYTE_COUNTS.add(("origin",), length)
+                if self._member is None:
+                    metrics.BYTE_COUNTS.add(("origin",), length)
                 self._growing.body = body
                 self._growing.advance(length)
                 return body_checksum(body)
@@ -165,6 +191,7 @@ class Fill:
         for attempt_number in range(self._context.config.origin.retries + 1):
             try:
                 response = await self._answer(sink.received_bytes)
+                sink.source = None if isinstance(response, PeerResponse) else "origin"
                 try:
                     await sink.attach(response.resume, response.close)
                     await response.into(sink, length - sink.received_bytes)
@@ -179,14 +206,18 @@ class Fill:
                 sink.release()
                 await self._failed_attempt(error, attempt_number)
 
-    async def _answer(self, position: int) -> OriginResponse:
+    async def _answer(self, position: int) -> Response:
         """The answer that was brought along, or a new one from `position` of the block on."""
         response, self._response = self._response, None
-        if response is not None:
-            return response
-        start, stop = self._start + position, self._start + self._growing.length
-        context = self._context
-        return await fetch(context, self._bucket, self._key, self._record, start, stop, self._on_request)
+        if response is None:
+            start, stop = self._start + position, self._start + self._growing.length
+            response = await fetch_block(
+                self._context, self._bucket, self._key, self._record, start, stop, self._on_request,
+                direct=self._direct, only=self._only,
+            )  # fmt: skip
+        if isinstance(response, PeerResponse):
+            self._member, self._expected = response.member, checksum_of(response)
+        return response
 
     async def _failed_attempt(self, error: Exception, attempt_number: int) -> None:
         """Waits and returns when another attempt makes sense, else raises _Ended."""

@@ -51,6 +51,8 @@ class Link:
         self._next = 0
         self._heard = False
         self._closed = False
+        #: the daemon knows this worker, and was told what it must know first
+        self.welcome = False
         self.caching = False
         self.reason = "daemon away"
 
@@ -119,6 +121,7 @@ class Link:
         elif isinstance(message, ipc.Welcome):
             self.caching, self.reason = message.caching, message.reason
             self._receiver.link_up()
+            self.welcome = True
         elif isinstance(message, ipc.Caching):
             self.caching, self.reason = message.on, message.reason
         else:
@@ -126,6 +129,7 @@ class Link:
 
     def lost(self, connection: ipc.Connection, reason: str) -> None:
         self._connection = None
+        self.welcome = False
         self.caching, self.reason = False, "daemon away"
         self._lost.set()
         if not self._closed:

@@ -13,6 +13,9 @@ fence value, and its record is used only if it is fresh by the rule at the time 
     a write: fence 7 ▶ 8.  reader D: flight of its own (fence 8): never A's answer, which may be older than the write.
 
 The request belongs to the worker: whoever started a flight may go away, the others get its result all the same.
+
+In a cluster a flight asks the key's home (koscache.carrier.upstream), unless this node is that, or asks for a peer (direct):
+then the origin. A flight that asks the origin never waits for one that asks a peer, so no two nodes wait for each other.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from kos.errors import S3Error
 from kos.s3 import ranges
 from kos.tasks import TasksClosed
 from koscache import ipc
-from koscache.carrier.ask_origin import Answer, ask_origin
+from koscache.carrier.ask_origin import Answer, ask_origin, find_block
 from koscache.carrier.blocks import Blocks
 from koscache.carrier.context import Context
 from koscache.carrier.fetch import refused, service_unavailable
@@ -45,6 +48,8 @@ _ATTEMPTS = 8
 _LOOKED_AT_BLOCKS = 16
 #: What a refusal without a document says beside its status.
 _TOLD_WITH_OURS = frozenset({"allow", "last-modified", "x-amz-delete-marker", "x-amz-version-id"})
+#: What sets the daemon's leases on questions to a home apart from those on questions to the origin.
+_VIA_HOME = 1 << 63
 _WHY = {
     Freshness.ABSENT: Reason.COLD,
     Freshness.EXPIRED: Reason.EXPIRED,
@@ -55,7 +60,8 @@ _WHY = {
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """One question to the origin and all who wait for it. gone: it is in the table no more. insist: as in ipc.AskOpen."""
+    """One question and all who wait for it. gone: it is in the table no more. insist: as in ipc.AskOpen. direct: it is put to
+    the origin, not to the key's home."""
 
     bucket: str
     key: str
@@ -63,6 +69,7 @@ class _Flight:
     known: Record | None
     want: Want
     why: Reason
+    direct: bool
     landed: asyncio.Future[Answer]
     gone: asyncio.Future[None]
     alone: bool = False
@@ -88,15 +95,16 @@ class Opener:
     def __init__(self, context: Context, blocks: Blocks) -> None:
         self._context = context
         self._blocks = blocks
-        self._flights: dict[tuple[str, str, int], _Flight] = {}
+        self._flights: dict[tuple[str, str, int, bool], _Flight] = {}
 
     @property
     def flights(self) -> int:
         return len(self._flights)
 
-    async def open(self, bucket: str, key: str, want: Want) -> Opened:
+    async def open(self, bucket: str, key: str, want: Want, *, direct: bool = False) -> Opened:
         """See Carrier.open."""
         context = self._context
+        upstream = context.upstream
         rule = context.rule(bucket, key)
         arrived = context.clock.now()
         requests = 0
@@ -114,7 +122,9 @@ class Opener:
                 if not _lacks_checksums(record, want):
                     return self._found(bucket, key, want, record, age_s, requests)
                 why, usable = Reason.CHECKSUMS, record
-            flight, mine = self._join(bucket, key, fence, record, want, why, insist=attempt > 0)
+            # A node that may not trust its own records does not ask for others' either: the origin vouches for itself.
+            to_origin = direct or upstream.alone or upstream.at_home(bucket, key) or not context.reader.fence.trusted()
+            flight, mine = self._join(bucket, key, fence, record, want, why, to_origin, insist=attempt > 0)
             try:
                 answer = await asyncio.shield(flight.landed)
             except asyncio.CancelledError:
@@ -125,6 +135,9 @@ class Opener:
                 requests += answer.requests
             if usable is not None and answer.outcome is OpenOutcome.UNAVAILABLE:
                 return self._found(bucket, key, want, usable, age_s, 0)  # rather without checksums than not at all
+            if answer.outcome is OpenOutcome.UNAVAILABLE and not direct and not upstream.alone:
+                # Down for this node, perhaps not for all. Each asks for himself: no flight waits for another node's.
+                answer, mine = await self._elsewhere(flight, answer, want), True
             stale = record if freshness is Freshness.EXPIRED else None
             opened = await self._conclude(flight, mine, answer, rule, want, arrived, stale)
             if opened is not None:
@@ -132,6 +145,17 @@ class Opener:
                 return opened
             await asyncio.shield(flight.gone)  # else the next turn would join the same flight
         raise S3Error("SlowDown", "The object changes faster than it can be read.", headers={"Retry-After": "1"})
+
+    async def _elsewhere(self, flight: _Flight, answer: Answer, want: Want) -> Answer:
+        upstream = self._context.upstream
+        if flight.direct and self._context.reader.fence.trusted():
+            other = await upstream.ask_homes(flight.bucket, flight.key, flight.fence, flight.known, want)
+            if other is not None and other.outcome is not OpenOutcome.UNAVAILABLE:
+                return other
+        if flight.known is not None or not self._context.reader.fence.trusted():
+            return answer  # our own is as good as another's, or none is good enough
+        other = await upstream.ask_homes(flight.bucket, flight.key, flight.fence, None, want, stale=True)
+        return answer if other is None or other.outcome is not OpenOutcome.STORED else other
 
     # --- what is known ----------------------------------------------------------------------------------------------
 
@@ -141,7 +165,16 @@ class Opener:
             opened.phase, opened.reason, opened.age_s = Phase.REVALIDATED, Reason.CHECKSUMS, None
         elif not want.head_only and not self._all_here(record, want):
             opened.phase, opened.reason = Phase.MISS, Reason.BLOCK
+            if self._another_has(bucket, key, record, want):
+                opened.phase = Phase.PEER
         return opened
+
+    def _another_has(self, bucket: str, key: str, record: Record, want: Want) -> bool:
+        """Whether the first bytes wanted are another node's to give."""
+        start = 0
+        if want.range is not None:
+            start, _ = ranges.resolve(want.range, record.size)
+        return self._context.upstream.remote(bucket, key, record, start // self._context.cache.block_bytes)
 
     def _all_here(self, record: Record, want: Want) -> bool:
         start, stop = 0, record.size
@@ -156,13 +189,14 @@ class Opener:
         return all(self._blocks.here(record, number) is not None for number in range(first, last))
 
     def _join(
-        self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason, *, insist: bool
-    ) -> tuple[_Flight, bool]:
-        at = (bucket, key, fence)
+        self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason, direct: bool,
+        *, insist: bool,
+    ) -> tuple[_Flight, bool]:  # fmt: skip
+        at = (bucket, key, fence, direct)
         flight = self._flights.get(at)
         if flight is not None:
             return flight, False
-        flight = self._new(bucket, key, fence, known, want, why)
+        flight = self._new(bucket, key, fence, known, want, why, direct)
         flight.insist = insist
         self._flights[at] = flight
         try:
@@ -172,9 +206,11 @@ class Opener:
             raise S3Error("ServiceUnavailable", "Shutting down.", headers={"Retry-After": "1"}) from None
         return flight, True
 
-    def _new(self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason) -> _Flight:
+    def _new(
+        self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason, direct: bool
+    ) -> _Flight:
         loop = asyncio.get_running_loop()
-        return _Flight(bucket, key, fence, known, want, why, loop.create_future(), loop.create_future())
+        return _Flight(bucket, key, fence, known, want, why, direct, loop.create_future(), loop.create_future())
 
     # --- what it means to one reader --------------------------------------------------------------------------------
 
@@ -183,6 +219,11 @@ class Opener:
     ) -> Opened | None:
         """What a flight's answer is to this reader; None: look again."""
         record, outcome = answer.record, answer.outcome
+        if outcome is OpenOutcome.STORED and record is not None and answer.phase is Phase.STALE:
+            age_s = max(0.0, self._context.clock.now() - record.validated_at)
+            stale_opened = self._opened(flight, mine, answer, record, want)
+            stale_opened.phase, stale_opened.reason, stale_opened.age_s = Phase.STALE, Reason.ORIGIN_DOWN, age_s
+            return stale_opened
         if outcome is OpenOutcome.STORED and record is not None:
             fresh = rule.freshness == math.inf or record.validated_at + rule.freshness >= arrived
             if not fresh or (_lacks_checksums(record, want) and (answer.renewed or not mine)):
@@ -203,7 +244,10 @@ class Opener:
     def _opened(self, flight: _Flight, mine: bool, answer: Answer, record: Record, want: Want) -> Opened:
         opened = Opened(flight.bucket, flight.key, record, Phase.MISS, flight.why, None, 0, want)
         opened.ticket = answer.ticket if mine else None
-        if answer.renewed:
+        if answer.phase is not None:
+            opened.phase, opened.reason = answer.phase, Reason(answer.reason)
+            opened.age_s = max(0.0, self._context.clock.now() - record.validated_at)
+        elif answer.renewed:
             opened.phase = Phase.REVALIDATED
         elif flight.alone:
             opened.phase = Phase.BYPASS
@@ -235,7 +279,7 @@ class Opener:
 
     async def _own(self, flight: _Flight, want: Want, reason: str) -> Opened:
         """An answer for this reader alone: nothing of it may be shared."""
-        mine = self._new(flight.bucket, flight.key, flight.fence, None, want, Reason(reason))
+        mine = self._new(flight.bucket, flight.key, flight.fence, None, want, Reason(reason), True)
         mine.alone = True
         answer = await self._ask(mine)
         record = answer.record
@@ -258,16 +302,16 @@ class Opener:
 
     # --- the flight -------------------------------------------------------------------------------------------------
 
-    async def _fly(self, flight: _Flight, at: tuple[str, str, int]) -> None:
+    async def _fly(self, flight: _Flight, at: tuple[str, str, int, bool]) -> None:
         """One question for all who joined. They are told how it ended in every case, also when this task is cancelled."""
         link = self._context.link
         lease = NO_LEASE
         try:
             said: Any = None
             if link.caching:
-                said = await link.answer(
-                    lambda ask: ipc.AskOpen(ask, flight.bucket, flight.key, flight.fence, flight.insist)
-                )
+                # A number that no question to the origin has: those of the two kinds never wait for each other.
+                fence = flight.fence if flight.direct else flight.fence ^ _VIA_HOME
+                said = await link.answer(lambda ask: ipc.AskOpen(ask, flight.bucket, flight.key, fence, flight.insist))
             if isinstance(said, ipc.OpenEnded):
                 flight.land(Answer(said.outcome, said.reason, said.record, said.refusal, said.retry_after_s))
                 return
@@ -297,7 +341,7 @@ class Opener:
             flight.land(Answer(OpenOutcome.LEADER_GAVE_UP))
             self._leave_table(flight, at)
 
-    def _leave_table(self, flight: _Flight, at: tuple[str, str, int]) -> None:
+    def _leave_table(self, flight: _Flight, at: tuple[str, str, int, bool]) -> None:
         if self._flights.get(at) is flight:
             del self._flights[at]
         if not flight.gone.done():
@@ -319,6 +363,16 @@ class Opener:
 
     async def _ask(self, flight: _Flight) -> Answer:
         cache = self._context.cache
+        if not flight.direct:
+            answer = await self._context.upstream.ask_homes(
+                flight.bucket, flight.key, flight.fence, flight.known, flight.want
+            )
+            if answer is not None and answer.outcome is not OpenOutcome.UNAVAILABLE:
+                if answer.outcome is OpenOutcome.STORED and answer.fills and not flight.alone:
+                    await find_block(
+                        self._context, answer, border=answer.ticket is not None and answer.ticket.start == 0
+                    )
+                return answer
         if flight.why is Reason.CHECKSUMS:
             first = First("HEAD", Kind.HEAD)
         else:
@@ -349,7 +403,7 @@ class Opener:
             self._blocks.ask(
                 flight.bucket, flight.key, record, block, touch=False, on_request=_uncounted, ticket=ticket
             )
-        elif record is not None and ticket is not None and answer.outcome is OpenOutcome.STORED:
+        elif record is not None and ticket is not None and answer.outcome is OpenOutcome.STORED and flight.direct:
             self._first_touch(record, ticket)
         stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 

@@ -27,7 +27,8 @@ _IDLE_BYTES = 4096
 
 
 class FileSink:
-    """A kos.origin.sink.BodySink over one extent. fd: writable. offset: of the extent in the file. length: of the block."""
+    """A kos.origin.sink.BodySink over one extent. fd: writable. offset: of the extent in the file. length: of the block.
+    source: as of kos_bytes_total, of what comes now; None: who sends it counts."""
 
     def __init__(self, context: Context, fd: int, offset: int, length: int, moved: Callable[[int], None]) -> None:
         self._pool: BufferPool = context.buffers
@@ -51,6 +52,7 @@ class FileSink:
         self.received_bytes = 0
         self.written = 0
         self.error: OSError | None = None
+        self.source: str | None = "origin"
 
     async def attach(self, resume: Callable[[], None], stop: Callable[[], None]) -> None:
         """Makes room for the answer that will be read next. resume: go on reading; stop: give it up, the disk failed.
@@ -124,7 +126,8 @@ class FileSink:
                 self._resume()  # whoever delivers into this sink must not wait for ever
             return
         self.written += count
-        metrics.BYTE_COUNTS.add(("origin",), count)
+        if self.source is not None:
+            metrics.BYTE_COUNTS.add((self.source,), count)
         if self._filling is None:
             self._fill_into(buffer)
         else:

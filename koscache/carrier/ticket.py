@@ -12,7 +12,27 @@ Invariant: take() gives the answer out once; after close() nobody gets it and it
 
 from __future__ import annotations
 
-from kos.origin.response import OriginResponse
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+from kos.origin.sink import BodySink
+
+
+class Response(Protocol):
+    """An answer with a body, of the origin or of another node."""
+
+    status: int
+
+    @property
+    def content_length(self) -> int | None: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    async def read(self, limit: int) -> bytes: ...
+    def pieces(self) -> AsyncIterator[bytes]: ...
+    async def into(self, sink: BodySink, length: int) -> None: ...
+    def resume(self) -> None: ...
+    def release(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Ticket:
@@ -20,8 +40,8 @@ class Ticket:
 
     __slots__ = ("_response", "offered", "start", "stop", "unwanted")
 
-    def __init__(self, response: OriginResponse, start: int, stop: int) -> None:
-        self._response: OriginResponse | None = response
+    def __init__(self, response: Response, start: int, stop: int) -> None:
+        self._response: Response | None = response
         self.start = start
         self.stop = stop
         #: a block was asked for that this answer may fill: whether it is the client's is decided by the daemon's answer
@@ -29,7 +49,7 @@ class Ticket:
         #: the client went away
         self.unwanted = False
 
-    def take(self) -> OriginResponse | None:
+    def take(self) -> Response | None:
         """The answer, for the caller to read and close; None when another one has it or it is closed."""
         response, self._response = self._response, None
         return response

@@ -26,6 +26,7 @@ class Phase(enum.StrEnum):
     """How a request was answered, as in x-kos-cache and in the metrics."""
 
     HIT = "hit"
+    PEER = "peer"  # another node of the cluster had it; the origin was not asked
     MISS = "miss"
     REVALIDATED = "revalidated"
     STALE = "stale"

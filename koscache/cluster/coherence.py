@@ -11,7 +11,7 @@ Invariant: ended(ok) is said of a write only when each member has acknowledged i
 No End is said to anybody before all have acknowledged the Begin. Trust is never given for longer than the leases that this
 node holds (see _trust).
 
-    a write here:  begin ─▶ UNDER_WAY ─end─▶ CLOSING ─all have the Begin─▶ ENDING ─all have the End─▶ (gone, answered)
+    a write here:  begin ─▶ UNDER_WAY ─end─▶ CLOSING ─all have the Begin─▶ ENDING ─all have the End─▶ gone
 
 Times are seconds of one clock that never stops (fence.boot_ns), given by the caller; of others' clocks nothing is assumed but that
 they run at most RATE_SLACK faster or slower.

@@ -9,14 +9,13 @@ Invariant: `until` is never later than what the store has of this member: it cou
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Protocol
 
 from kos import config
 from kos.clock import Clock
 from kos.config import Config
-from kos.config_values import GIB, NAME, join_address
+from kos.config_values import GIB, join_address
 from kos.control.errors import ControlUnavailable, Expelled
 from kos.control.members import MemberRow, MemberStore
 from kos.control.members import MemberState as StoredState
@@ -30,19 +29,10 @@ _log: Final = logging.getLogger("koscache.cluster")
 _HURRY_S: Final = 1.0
 
 
-def own_name(settings: Config) -> str:
-    """Raises ConfigError where the host's name is none for a member."""
-    name = settings.cluster.name or socket.gethostname()
-    try:
-        return str(NAME.parse(name))
-    except ValueError:
-        raise ConfigError(f"cluster.name: found the host's name {name!r}, allowed: {NAME.allowed}") from None
-
-
 def own_member(settings: Config) -> Member:
     """This node as others are to see it, not yet of any incarnation. Raises ConfigError."""
     cluster, listen = settings.cluster, settings.listen
-    name = own_name(settings)
+    name = config.own_name(settings)
     if cluster.membership == "static":
         found = static_view(settings).find(name)
         if found is None:

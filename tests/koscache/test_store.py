@@ -195,7 +195,7 @@ def test_the_size_is_a_hard_limit_at_every_moment(settings: Settings, clock: Fak
         assert store.stats().used_bytes <= settings.size_bytes
     stats = store.stats()
     assert stats.evicted_segments > 10
-    assert stats.segment_bytes > settings.size_bytes - settings.index_bytes - 9 * MIB - 3 * settings.segment_bytes
+    assert stats.segment_bytes > settings.size_bytes - settings.index_bytes - 10 * MIB - 3 * settings.segment_bytes
     store.close()
 
 
