@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from bench import cold_get, hot_get, memory, put, results, small_files, tls_get, uploads
+from bench import cold_get, hot_get, memory, put, results, scaling, small_files, tls_get, uploads
 from bench.figure import Figure, Settings, say
 from bench.processes import FAVOUR
 
@@ -29,6 +29,7 @@ FIGURES: Final[dict[str, tuple[Figure, str]]] = {
     "uploads": (uploads.run, uploads.SUMMARY),
     "small_files": (small_files.run, small_files.SUMMARY),
     "memory": (memory.run, memory.SUMMARY),
+    "scaling": (scaling.run, scaling.SUMMARY),
 }
 
 

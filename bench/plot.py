@@ -24,6 +24,12 @@ _GROUPS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     ),
     "small_files": (("_per_s", "requests per second"), ("_cpu_us", "CPU of kos, µs per request")),
     "memory": (("_mb", "MB"),),
+    "scaling": (
+        ("_cpu_share", "CPU of a daemon, of a core"),
+        ("_build_ms", "to build a ring, ms"),
+        ("_moved_over_share", "blocks that move, over the share of who leaves"),
+        ("_worst", "blocks of one object: most over its share"),
+    ),
 }
 _COLOURS: Final = {"kos": "#1f77b4", "nginx": "#2ca02c", "direct": "#7f7f7f", "floor": "#8c564b"}
 

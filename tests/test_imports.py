@@ -41,6 +41,11 @@ CONFINED = {
     "aiohttp.web": {"kosproxy", "kos.node.admin", "bench"},
     "uvloop": {"kosproxy.worker", "koscache.daemon_main", "kos.node", "bench"},
     "lmdb": {"koscache", "bench"},
+    "sqlalchemy": {"kos.control"},
+    "alembic": {"kos.control"},
+    "asyncpg": {"kos.control"},
+    "aiosqlite": {"kos.control"},
+    "uhashring": {"koscache.cluster.ring"},
 }
 
 

@@ -215,6 +215,9 @@ class Coherence:
         self._outs: dict[str, _Out] = {}
         self._ins: dict[str, _In] = {}
         self._writes: dict[int, _Write] = {}
+        #: members that can be told and have not resigned: before all of these have acknowledged, nothing is decided
+        self._well: set[str] = set()
+        self._least_renewed = -math.inf
         self._parting: dict[str, float] = {}
         self._complete = False
         self._member_until = -math.inf
@@ -305,6 +308,7 @@ class Coherence:
         commands: list[Command] = []
         for name in [name for name in self._outs if name not in wanted]:
             self._parting[name] = self._outs.pop(name).promised_at
+            self._well.discard(name)
             commands += self._drop_marks(self._ins.pop(name))
         return commands
 
@@ -340,7 +344,8 @@ class Coherence:
             if not all(self._outs[name].met and self._ins[name].met for name in self._outs) or self._view.version < 0:
                 return []
             self._complete = True
-        until = min((inn.renewed_at for inn in self._ins.values()), default=math.inf) + self._lease_s
+        self._least_renewed = min((inn.renewed_at for inn in self._ins.values()), default=math.inf)
+        until = self._least_renewed + self._lease_s
         if not self._static:
             covered = (
                 max(inn.renewed_at + self._long_s, self._member_until if name in self._late else -math.inf)
@@ -416,13 +421,14 @@ class Coherence:
 
     def _advance(self, number: int, write: _Write, now: float) -> list[Command]:
         commands: list[Command] = []
+        if self.outdated or not self._parted(now):
+            return []  # somebody may trust, and vouch, of whom we do not know, or not any more
         if write.state is _State.CLOSING and self._have(write.begun, now):
             # Our own slots first: nobody who asks us after he has heard of the End gets what was before it.
             write.state = _State.ENDING
             commands.append(Pass(write.slots))
             commands += [Tell(name, wire.End(number)) for name, out in self._outs.items() if out.up]
-        heard = write.state is _State.ENDING and self._have(write.ended, now)
-        if heard and not self.outdated and self._parted(now):
+        if write.state is _State.ENDING and self._have(write.ended, now):
             del self._writes[number]
             for name, out in self._outs.items():
                 if name not in write.ended:
@@ -448,6 +454,7 @@ class Coherence:
             out.skip(write.slots)
         under_way = tuple((n, write.slots) for n, write in self._writes.items() if n not in ending)
         out.up, out.resigned = True, False
+        self._well.add(name)
         out.hello_skipped = None if out.skipped is None else frozenset(out.skipped)
         out.hello_begun = frozenset(number for number, _ in under_way)
         out.hello_ended = frozenset(missed)
@@ -478,6 +485,7 @@ class Coherence:
         if out is None or not out.up:
             return
         out.up = False
+        self._well.discard(name)
         for slots in out.unheard.values():
             out.skip(slots)
         out.unheard = {}
@@ -493,7 +501,10 @@ class Coherence:
         write = self._writes.get(message.number)
         if write is None:
             return commands
-        (write.ended if message.ended else write.begun).add(name)
+        acknowledged = write.ended if message.ended else write.begun
+        acknowledged.add(name)
+        if len(acknowledged) < len(self._well):
+            return commands
         return commands + self._advance(message.number, write, now)
 
     def renew(self, name: str, serial: int, now: float) -> list[Command]:
@@ -564,8 +575,10 @@ class Coherence:
         # One that is not remembered any more was asked for so long ago that it says nothing.
         asked_at = inn.asked.get(message.serial, -math.inf)
         inn.asked = {serial: at for serial, at in inn.asked.items() if serial > message.serial}
-        inn.renewed_at = max(inn.renewed_at, asked_at)
+        before, inn.renewed_at = inn.renewed_at, max(inn.renewed_at, asked_at)
         commands: list[Command] = [Reply(name, wire.AskView())] if self._heard(message.version) else []
+        if self._complete and before > self._least_renewed:
+            return commands  # another member's lease is the one that ends first
         return commands + self._trust(now)
 
     def goodbye(self, name: str) -> list[Command]:
@@ -577,6 +590,7 @@ class Coherence:
     def resigned(self, name: str, now: float) -> list[Command]:
         """The member has ceased to trust."""
         self._outs[name].resigned = True
+        self._well.discard(name)
         return self._advance_all(now)
 
     def resign(self) -> tuple[dict[str, int], list[Command]]:

@@ -143,6 +143,10 @@ class ControlMembership:
                 self._standing.expelled()
                 return
             self._store_back()
+            if beat.version < self._version:
+                _log.error("the control store has gone back to an earlier state: this node joins again")
+                self._standing.expelled()
+                return
             if beat.rows is not None:
                 self._see(beat.rows, beat.version)
             self.looked_at = sent

@@ -408,16 +408,13 @@ class Model:
                 self.finish(read, read.version, "vouched" if read.step == "vouched" else "for once")
 
     def from_home(self, read: Read, node: Node, home: Node, version: int) -> None:
-        """The mark first, then the record's value again (koscache.fence.vouching)."""
+        """The mark first, then the record's value again (koscache.fence.vouching). What is fresh and marked is told for this
+        one question: its write cannot have been answered yet."""
         vouching = home.marks[read.key] == 0 and home.vouch_until > self.clock(home)
         record = home.records.get(read.key)
         holds = record is not None and record == (version, self.value(home, read.key))
         if vouching and holds:
             read.version, read.step = version, "vouched"
-        elif self.fresh_version(home, read.key) is not None and read.step == "home":
-            # Fresh, and not to be vouched for: the origin is asked for this one question.
-            read.home_value = self.value(home, read.key)  # type: ignore[assignment]
-            read.step = "home asks"
         else:
             read.version, read.step = version, "for once"
 
