@@ -23,6 +23,7 @@ from typing import Any, Final, Protocol
 from kos.tasks import Tasks
 from koscache.content import Commit, Extent, Location, Record, Refusal, Refused, Small
 from koscache.disk import StoreFailed
+from koscache.inventory import ObjectsPage, Place, SegmentPage
 from koscache.ipc import PassReason
 from koscache.leases import Here
 from koscache.store import ScrubReport, Stats
@@ -44,6 +45,11 @@ class Storing(Protocol):
     def put_record(self, bucket: str, key: str, record: Record) -> bool: ...
     def drop_record(self, bucket: str, key: str) -> None: ...
     def locate(self, content: bytes, number: int) -> Location | None: ...
+    def record(self, bucket: str, key: str) -> Record | None: ...
+    def segments(self) -> list[int]: ...
+    def of_segment(self, segment: int, start: int) -> SegmentPage: ...
+    def of_objects(self, start: Place, hot: bool) -> ObjectsPage: ...
+    def numbers(self, content: bytes) -> list[int]: ...
     def touched(self, blocks: list[tuple[bytes, int]]) -> None: ...
     def evict(self, need_bytes: int = 0) -> list[int]: ...
     def released(self, segment: int) -> None: ...
@@ -185,6 +191,32 @@ class Keeper:
         """Also gives room back to the file system when it is short of it."""
         result: Stats | StoreFailed = await self._ask("stats", lambda store: store.stats())
         return result
+
+    async def segments(self) -> list[int] | StoreFailed:
+        """See koscache.inventory; of_segment() and of_objects() as well."""
+        result: list[int] | StoreFailed = await self._ask("segments", lambda store: store.segments())
+        return result
+
+    async def of_segment(self, segment: int, start: int) -> SegmentPage | StoreFailed:
+        result: SegmentPage | StoreFailed = await self._ask("page", lambda store: store.of_segment(segment, start))
+        return result
+
+    async def of_objects(self, start: Place, *, hot: bool) -> ObjectsPage | StoreFailed:
+        result: ObjectsPage | StoreFailed = await self._ask("page", lambda store: store.of_objects(start, hot))
+        return result
+
+    async def look(self, bucket: str, key: str, content: bytes | None) -> tuple[Record | None, list[int]] | StoreFailed:
+        """The record of an object, and which blocks of a version are here."""
+
+        def look(store: Storing) -> tuple[Record | None, list[int]]:
+            return store.record(bucket, key), [] if content is None else store.numbers(content)
+
+        result: tuple[Record | None, list[int]] | StoreFailed = await self._ask("look", look)
+        return result
+
+    async def check(self, content: bytes, number: int) -> bool:
+        """As verify(), for who can wait. False as well when the store failed."""
+        return await self._ask("verify", lambda store: store.verify(content, number)) is True
 
     async def probe(self) -> StoreFailed | None:
         """Whether the disk takes writes (again)."""

@@ -5,6 +5,7 @@
     put_record, drop_record                                                           what is known of objects
     evict -> (workers close the segments) -> released                                 room
     touched, pin, verify, scrub_step                                                  what stays, what is right
+    segments, of_segment, of_objects, numbers                                         what there is
 
 Owns: the order of things on disk (body, header, index), the byte limit, reactions to a full index. Does not own:
 leases, messages, threads (daemon).
@@ -37,6 +38,7 @@ from koscache.eviction import Touches
 from koscache.evictor import Evictor
 from koscache.fence import FENCE_BYTES, Fence, read_boot_id
 from koscache.index import IndexBroken, IndexFull
+from koscache.inventory import Inventory, ObjectsPage, Place, SegmentPage
 from koscache.layout import LARGE_PAYLOAD_MAX, PAGE
 from koscache.pins import Pins
 from koscache.records import Records, payload
@@ -143,6 +145,7 @@ class Store:
         self._touches = Touches()
         self._pins = Pins()
         self._evictor = Evictor(disk, self._environment, self._space, self._touches, self._pins, config.small_bytes)
+        self._inventory = Inventory(self._environment, self._space, self._touches)
         self._scrubber = Scrubber(disk, self._space, self.locate, self._judged)
         self._spare_bytes = limits.segment * (2 if limits.budget >= 2 * SEGMENTS_WANTED * limits.segment else 1)
         self._goal_max = limits.budget // 2
@@ -294,6 +297,25 @@ class Store:
             value = txn.get(key, db=self._environment.blocks)
         location = None if value is None else ix.decode_location(key, value)
         return location if location is not None and location.segment in self._space.live else None
+
+    def segments(self) -> list[int]:
+        """See koscache.inventory."""
+        return self._inventory.segments()
+
+    def of_segment(self, segment: int, start: int) -> SegmentPage:
+        """See koscache.inventory."""
+        with self._index():
+            return self._inventory.of_segment(segment, start)
+
+    def of_objects(self, start: Place, hot: bool) -> ObjectsPage:
+        """See koscache.inventory."""
+        with self._index():
+            return self._inventory.of_objects(start, hot)
+
+    def numbers(self, content: bytes) -> list[int]:
+        """See koscache.inventory."""
+        with self._index():
+            return self._inventory.numbers(content)
 
     def _put_blocks(self, txn: ix.Transaction, placed: Sequence[tuple[bytes, Location]]) -> None:
         for key, location in placed:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from kos.config import Config
-from kos.node.admin import Explain
+from kos.node.admin import AskCluster, Explain
 from kos.node.role import Role, run_role
 
 
@@ -25,6 +25,7 @@ def node() -> Role:
         daemon=(sys.executable, "-m", "koscache.daemon_main"),
         worker=(sys.executable, "-m", "kosproxy.worker"),
         explain=_explain,
+        cluster=_cluster,
     )
 
 
@@ -32,3 +33,9 @@ def _explain(settings: Config) -> Explain:
     from koscache.explain import explainer
 
     return explainer(settings)
+
+
+def _cluster(settings: Config) -> AskCluster:
+    from koscache.cluster.admin import asker
+
+    return asker(settings)

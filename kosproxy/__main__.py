@@ -16,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kosproxy", description="The S3 workers of a kos node, without its daemon.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the node's configuration, as configs/kos.yaml")
     arguments = parser.parse_args(argv)
-    return run_role(arguments.config, Role(name="proxy", worker=(sys.executable, "-m", "kosproxy.worker")))
+    # The peer port is left to the workers of the `koscache` beside it: of what both reserved, one could not start.
+    worker = (sys.executable, "-m", "kosproxy.worker")
+    return run_role(arguments.config, Role(name="proxy", worker=worker, serves=("s3", "s3_tls")))
 
 
 if __name__ == "__main__":

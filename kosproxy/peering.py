@@ -29,7 +29,7 @@ from kos.s3.ranges import RangeSpec
 from koscache.carrier import Body, BytesPiece, Changed, FilePiece, Freshness, Phase, Reason, Record, Want
 from koscache.carrier import peer_wire as wire
 from koscache.carrier.peer_pool import IDLE_S
-from koscache.carrier.peer_wire import AskAhead, AskBlock, AskObject, Failed, PeerBroken, Said
+from koscache.carrier.peer_wire import AskAhead, AskBlock, AskObject, AskTake, Failed, PeerBroken, Said
 from kosproxy.exchange import Exchange, Header
 from kosproxy.parts import Parts
 from kosproxy.server import Connection, Edge, Sent
@@ -43,18 +43,24 @@ _QUESTION: Final = re.compile(
 )
 _BLOCK: Final = wire.BLOCK.encode()
 _OBJECT: Final = wire.OBJECT.encode()
-_PATHS: Final = {wire.OBJECT: "object", wire.BLOCK: "block", wire.CHECKSUM: "checksum", wire.AHEAD: "ahead"}
+_PATHS: Final = {
+    wire.OBJECT: "object",
+    wire.BLOCK: "block",
+    wire.CHECKSUM: "checksum",
+    wire.AHEAD: "ahead",
+    wire.TAKE: "take",
+}
 _PEER_OUT: Final = ("peer_out",)
 #: Up to here one copy through this process costs less than setting up a sendfile.
 _COPY_BYTES: Final = 32 * 1024
 #: A block whose last byte was just sent is in the store a moment later: its checksum is waited for.
 _CHECKSUM_WAIT_S: Final = 0.5
 _CHECKSUM_EVERY_S: Final = 0.01
-#: Blocks in one AskAhead that are looked at.
+#: Blocks in one AskAhead or AskTake that are looked at.
 _AHEAD_MAX: Final = 256
 
 
-B = TypeVar("B", AskBlock, AskAhead)
+B = TypeVar("B", AskBlock, AskAhead, AskTake)
 
 
 class _Refused(KosError):
@@ -255,6 +261,8 @@ class Peering:
                 await self._checksum(exchange, self._same_blocks(wire.decode(ask, AskBlock)))
             elif path == wire.AHEAD:
                 await self._ahead(exchange, self._same_blocks(wire.decode(ask, AskAhead)))
+            elif path == wire.TAKE:
+                await self._take(exchange, self._same_blocks(wire.decode(ask, AskTake)))
             else:
                 raise PeerBroken("no such question")
         except PeerBroken as broken:
@@ -328,6 +336,11 @@ class Peering:
 
     async def _ahead(self, exchange: Exchange, ask: AskAhead) -> None:
         self._carrier.ahead(ask.bucket, ask.name, ask.record, ask.numbers[:_AHEAD_MAX])
+        await exchange.respond(204, [])
+
+    async def _take(self, exchange: Exchange, ask: AskTake) -> None:
+        if not self._carrier.take(ask.bucket, ask.name, ask.record, ask.numbers[:_AHEAD_MAX], ask.source):
+            raise _Refused(wire.unavailable("no room for more at the moment", 1.0))
         await exchange.respond(204, [])
 
     async def _send(

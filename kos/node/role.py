@@ -30,11 +30,14 @@ from kos.clock import Clock
 from kos.config import Config
 from kos.errors import ConfigError
 from kos.node import ports
-from kos.node.admin import Admin, Explain, forget_process
+from kos.node.admin import Admin, AskCluster, Explain, forget_process
 from kos.node.supervisor import EXIT_BAD_CONFIG, ChildSpec, Supervisor
 
 #: a worker ends its open responses by itself at limits.drain; this is what it may take to do so
 DRAIN_GRACE_S: Final = 1.0
+
+#: what workers may listen to, by their options in `listen`
+WORKER_PORTS: Final = ("s3", "s3_tls", "peer")
 
 _log: Final = logging.getLogger("kos.node")
 
@@ -43,39 +46,40 @@ _log: Final = logging.getLogger("kos.node")
 class Role:
     """What to run. Commands come without arguments.
 
-    daemon: gets `--config FILE`. worker: gets `--config FILE --index I --s3 HOST:PORT --s3-tls HOST:PORT`, of the
-    last two those that the configuration has, and is run `workers` times.
-    explain: makes the answerer of /v1/explain from the configuration.
+    daemon: gets `--config FILE`. worker: gets `--config FILE --index I --s3 HOST:PORT --s3-tls HOST:PORT --peer HOST:PORT`,
+    of the last three those that the configuration has (peer: in a cluster) and that are among `serves`, and is run
+    `workers` times; not at all if that leaves none.
+    explain: makes the answerer of /v1/explain from the configuration; cluster: that of /v1/cluster, for a node in one.
     """
 
     name: str
     daemon: Sequence[str] | None = None
     worker: Sequence[str] | None = None
     explain: Callable[[Config], Explain] | None = None
+    cluster: Callable[[Config], AskCluster] | None = None
+    serves: Sequence[str] = WORKER_PORTS
 
 
 @dataclass(frozen=True, slots=True)
 class _Ports:
-    """Sockets of this process, and addresses as they came out."""
+    """Sockets of this process, and addresses as they came out. workers: reserved, by name. daemon: what it takes itself."""
 
-    s3: tuple[socket.socket, str] | None
-    s3_tls: tuple[socket.socket, str] | None
+    workers: Mapping[str, tuple[socket.socket, str]]
     admin: tuple[socket.socket, str]
+    daemon: Mapping[str, str]
 
     def addresses(self) -> dict[str, str]:
         """Name to HOST:PORT of what is listened on."""
-        taken = {"s3": self.s3, "s3_tls": self.s3_tls, "admin": self.admin}
-        return {name: port[1] for name, port in taken.items() if port is not None}
+        return {**{name: port[1] for name, port in self.workers.items()}, "admin": self.admin[1], **self.daemon}
 
     def urls(self) -> dict[str, str]:
-        """The same as URLs."""
-        schemes = {"s3_tls": "https"}
-        return {name: f"{schemes.get(name, 'http')}://{at}" for name, at in self.addresses().items()}
+        """As URLs, those that are for anybody but other nodes."""
+        schemes = {"s3": "http", "s3_tls": "https", "admin": "http"}
+        return {name: f"{schemes[name]}://{at}" for name, at in self.addresses().items() if name in schemes}
 
     def close(self) -> None:
-        for port in (self.s3, self.s3_tls, self.admin):
-            if port is not None:
-                port[0].close()
+        for port in (*self.workers.values(), self.admin):
+            port[0].close()
 
 
 def run_role(config_path: str, role: Role) -> int:
@@ -84,7 +88,7 @@ def run_role(config_path: str, role: Role) -> int:
         settings = config.load(config_path)
         log.setup(settings.log.level, role.name)
         raise_nofile()
-        if role.worker is not None and settings.listen.s3_tls is not None:
+        if "s3_tls" in _served(settings, role):
             tls.load(settings.listen)  # every worker does: said here it is said once, and before anything has started
         taken = _take_ports(settings, role)
     except ConfigError as error:
@@ -115,7 +119,7 @@ def children_of(
 ) -> list[ChildSpec]:
     """The child processes of a role. Workers stop first, so that what they finish still finds its daemon.
 
-    addresses: s3, s3_tls: where workers listen, with real ports.
+    addresses: s3, s3_tls, peer: where workers listen, with real ports.
     """
 
     def env(name: str) -> dict[str, str]:
@@ -133,8 +137,8 @@ def children_of(
                 stop_s=settings.supervisor.stop_timeout_s,
             )
         )
-    where = [("--s3", addresses.get("s3")), ("--s3-tls", addresses.get("s3_tls"))]
-    listening = [word for option, address in where if address is not None for word in (option, address)]
+    where = [(f"--{name.replace('_', '-')}", addresses[name]) for name in WORKER_PORTS if name in addresses]
+    listening = [word for option, address in where for word in (option, address)]
     if role.worker is not None and listening:
         specs.extend(
             ChildSpec(
@@ -149,22 +153,23 @@ def children_of(
     return specs
 
 
-def _take_ports(settings: Config, role: Role) -> _Ports:
+def _served(settings: Config, role: Role) -> dict[str, str]:
+    """What workers of this role listen to, as configured."""
     listen = settings.listen
+    configured = {"s3": listen.s3, "s3_tls": listen.s3_tls, "peer": listen.peer if settings.cluster.enabled else None}
+    served = role.serves if role.worker is not None else ()
+    return {name: address for name, address in configured.items() if name in served and address is not None}
+
+
+def _take_ports(settings: Config, role: Role) -> _Ports:
     with contextlib.ExitStack() as stack:
-
-        def reserve(option: str, address: str | None) -> tuple[socket.socket, str] | None:
-            if role.worker is None or address is None:
-                return None
-            taken = ports.reserve(option, address)
-            stack.callback(taken[0].close)
-            return taken
-
-        taken = _Ports(
-            s3=reserve("listen.s3", listen.s3),
-            s3_tls=reserve("listen.s3_tls", listen.s3_tls),
-            admin=ports.listen("listen.admin", listen.admin),
-        )
+        workers = {}
+        for name, address in _served(settings, role).items():
+            workers[name] = ports.reserve(f"listen.{name}", address)
+            stack.callback(workers[name][0].close)
+        # Only named, for whoever asks for the status: the daemon takes it itself.
+        daemon = {"cluster": settings.listen.cluster} if role.daemon is not None and settings.cluster.enabled else {}
+        taken = _Ports(workers, ports.listen("listen.admin", settings.listen.admin), daemon)
         stack.pop_all()
         return taken
 
@@ -180,12 +185,14 @@ async def _run(config_path: str, settings: Config, role: Role, taken: _Ports, me
     )
     node = {"role": role.name, "version": kos.__version__, "region": settings.region, "pid": os.getpid()}
     explain = role.explain(settings) if role.explain is not None else None
+    cluster = role.cluster(settings) if role.cluster is not None and settings.cluster.enabled else None
     admin = Admin(
         supervisor,
         settings.supervisor,
         metrics_dir,
         explain,
         {**node, "listen": taken.addresses(), "urls": taken.urls()},
+        cluster,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -92,8 +92,10 @@ class Hub:
     ) -> None:
         self._settings = settings
         self._cluster = settings.cluster
-        self._clock = clock
-        self._tasks = tasks
+        self.clock = clock
+        self.tasks = tasks
+        #: told of each view as well, after view_changed
+        self.followers: list[Callable[[View], None]] = []
         self._view_changed = view_changed
         self._answers = answers
         self._failed = failed
@@ -109,6 +111,7 @@ class Hub:
         self._handles = itertools.count(1)
         self._numbers = 0
         self._control: ControlMembership | None = None
+        self._membership: asyncio.Task[None] | None = None
         self._close_store: Callable[[], Awaitable[None]] | None = None
         self._asks: dict[int, tuple[str, asyncio.Future[bytes]]] = {}
         self._ask_numbers = itertools.count(1)
@@ -134,7 +137,7 @@ class Hub:
         fence.stop_vouching()
         self._before = self._read_resigned()
         await self._lines.start(listening)
-        self._tasks.spawn(self._tick(), "cluster")
+        self.tasks.spawn(self._tick(), "cluster")
         if self._cluster.membership == "static":
             if self._draining_path.exists():
                 self._me = msgspec.structs.replace(self._me, state=MemberState.DRAINING)
@@ -148,9 +151,10 @@ class Hub:
         database = Database(self._settings.control)
         self._close_store = database.close
         self._control = ControlMembership(
-            self._settings, Members(database), self, new_holder(), self._clock, self._now, lambda: upgrade(database)
+            self._settings, Members(database), self, new_holder(), self.clock, self._now, lambda: upgrade(database)
         )
-        self._tasks.spawn(self._stay(self._control, fence.incarnation), "membership")
+        self._take_state(MemberState.DRAINING if self._draining_path.exists() else MemberState.ACTIVE)
+        self._membership = self.tasks.spawn(self._stay(self._control, fence.incarnation), "membership")
 
     async def _stay(self, control: ControlMembership, incarnation: int) -> None:
         from kos.control.errors import SchemaTooNew, Superseded
@@ -175,7 +179,10 @@ class Hub:
                 self._do(told)
             for name in self._view.others(self._me.name):
                 self._lines.tell(name.name, wire.Goodbye())
-        if self._control is not None and self._own_state() is MemberState.DRAINING:
+        if self._control is not None and self._membership is not None and self.state is MemberState.DRAINING:
+            # A heartbeat after it would find no row, and join again.
+            self._membership.cancel()
+            await asyncio.wait((self._membership,), timeout=_RESIGN_S)
             await self._control.leave()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RESIGN_S):
@@ -199,6 +206,7 @@ class Hub:
         """See membership.Standing."""
         assert self._fence is not None
         self._me = me
+        self._take_state(me.state)
         if not resumed:
             self._distrust()
             self._new_epoch("this node was no member for a while")
@@ -223,8 +231,10 @@ class Hub:
             return
         self._do(c.viewed(view, self._now(), since))
         if view.version >= self._view.version:
-            self._view = view
-            self._view_changed(view)
+            me = view.find(self._me.name)
+            if me is not None and self._control is not None:
+                self._take_state(me.state)
+            self._go_by(view)
         self._lines.follow(c.wanted)
 
     def stood(self, until: float, late: Iterable[str]) -> None:
@@ -334,7 +344,8 @@ class Hub:
             elif isinstance(command, co.NewEpoch):
                 self._new_epoch(command.reason)
             elif isinstance(command, co.Trust):
-                until = FOREVER_NS if command.until == math.inf else max(0, int(command.until * 1e9))
+                seconds = max(0.0, command.until)
+                until = FOREVER_NS if seconds == math.inf else int(seconds * 1e9)
                 fence.trust(until, until)
             else:
                 handle = self._by_number.get(command.number)
@@ -354,6 +365,10 @@ class Hub:
     @property
     def version(self) -> int:
         return self._view.version
+
+    @property
+    def _looked_at(self) -> float:
+        return -math.inf if self._control is None else self._control.looked_at
 
     def _c(self) -> Coherence:
         if self._coherence is None:
@@ -391,7 +406,7 @@ class Hub:
         elif isinstance(message, wire.AskView):
             self._lines.tell(name, c.view_for_asker())
         elif isinstance(message, wire.Viewed):
-            self.seen(message.view, -math.inf if self._control is None else self._control.looked_at)
+            self.seen(message.view, self._looked_at)
         else:
             raise ProtocolBroken(f"{type(message).__name__} from a listener")
 
@@ -400,7 +415,7 @@ class Hub:
 
     def hello(self, hello: wire.Hello) -> None:
         c = self._c()
-        self._do(c.hello(hello, self._now()))
+        self._do(c.hello(hello, self._now(), self._looked_at))
         self._lines.follow(c.wanted)
         if self._cluster.membership == "static":
             self._learn_state(hello.member)
@@ -418,11 +433,11 @@ class Hub:
             self._do(c.goodbye(name))
         elif isinstance(message, wire.Ask):
             with contextlib.suppress(TasksClosed):
-                self._tasks.spawn(self._answer(name, message), "answer")
+                self.tasks.spawn(self._answer(name, message), "answer")
         elif isinstance(message, wire.AskView):
             self._lines.reply(name, c.view_for_asker())
         elif isinstance(message, wire.Viewed):
-            self.seen(message.view, -math.inf if self._control is None else self._control.looked_at)
+            self.seen(message.view, self._looked_at)
         else:
             raise ProtocolBroken(f"{type(message).__name__} from a writer")
 
@@ -458,19 +473,32 @@ class Hub:
     # --- draining ---------------------------------------------------------------------------------------------------------
 
     async def set_state(self, state: MemberState) -> None:
-        """This node's own place on the ring: none while it drains. Raises ControlUnavailable."""
+        """This node's own place on the ring: none while it drains. Raises ControlUnavailable, Away."""
         if self._control is not None:
-            await self._control.set_state(self._me.name, state)
+            if not await self._control.set_state(self._me.name, state):
+                raise Away("this node is no member at the moment")
             return
-        if state is MemberState.DRAINING:
-            self._draining_path.touch()
-        else:
-            self._draining_path.unlink(missing_ok=True)
-        self._me = msgspec.structs.replace(self._me, state=state)
+        if state is self.state:
+            return
+        self._take_state(state)
         self._learn_state(self._me)
         # Each Hello says it: that is how the others hear of it, those who come later as well.
         for member in self._view.others(self._me.name):
             self._lines.restart(member.name)
+
+    def _take_state(self, state: MemberState) -> None:
+        """This node's own state, and what it is to be when it joins again: in cache.dir, for the control store forgets who
+        has left, and a static list knows none."""
+        self._me = msgspec.structs.replace(self._me, state=state)
+        if self._control is not None:
+            self._control.me = msgspec.structs.replace(self._control.me, state=state)
+        try:
+            if state is MemberState.DRAINING:
+                self._draining_path.touch()
+            else:
+                self._draining_path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("a restart will not remember this node's state", extra={"state": state, "reason": str(error)})
 
     def _learn_state(self, member: Member) -> None:
         """In a static cluster a node's state is what it says of itself."""
@@ -479,15 +507,21 @@ class Hub:
             for each in self._view.members
         )
         if members != self._view.members:
-            self._view = View(self._view.version, members)
-            self._view_changed(self._view)
+            self._go_by(View(self._view.version, members))
+
+    def _go_by(self, view: View) -> None:
+        self._view = view
+        self._view_changed(view)
+        for follow in self.followers:
+            follow(view)
 
     def _with_own_state(self, view: View) -> View:
         return View(view.version, tuple(self._me if each.name == self._me.name else each for each in view.members))
 
-    def _own_state(self) -> MemberState:
-        member = self._view.find(self._me.name)
-        return self._me.state if member is None else member.state
+    @property
+    def state(self) -> MemberState:
+        """Whether this node has a place on the ring, as it knows."""
+        return self._me.state
 
     # --- what there is to see ---------------------------------------------------------------------------------------------
 
@@ -519,7 +553,7 @@ class Hub:
 
     async def _tick(self) -> None:
         while True:
-            await self._clock.sleep(self._cluster.lease_s / _TICKS_A_LEASE)
+            await self.clock.sleep(self._cluster.lease_s / _TICKS_A_LEASE)
             now = self._now()
             if self._coherence is not None:
                 self._do(self._coherence.tick(now))

@@ -1,18 +1,20 @@
 """What operators want to know of a cluster and have done to it, answered by the daemon.
 
 Owns: the topics, their bodies (JSON), gathering the answers of all members. Does not own: the admin port (kos.node.admin) and the
-command line (koscli.cluster) in front of it, the decisions behind it.
+command line (koscli.cluster) in front of it, what draining does (draining), the decisions behind the rest.
 
     of one node     status, blocks, drain, rejoin
     of the cluster  cluster: status of every member; locate: who keeps an object; drain, rejoin with {"node": NAME}
 
-Invariant: an answer comes within hub's time-out whatever the members do; who does not answer is said to be in trouble.
+Invariant: an answer comes within hub's time-out whatever the members do, and is no longer than a message may be; who does not
+answer is said to be in trouble.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import enum
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -21,38 +23,57 @@ import kos
 from kos.config import Config
 from kos.control.errors import ControlUnavailable
 from kos.errors import KosError
+from koscache.cluster.draining import Draining, Rings
 from koscache.cluster.ring import Ring
-from koscache.cluster.view import Member, MemberState
+from koscache.cluster.view import MemberState
 from koscache.content import block_count, version_name
+from koscache.disk import StoreFailed
+from koscache.inventory import runs_of
 from koscache.keeper import Keeper
-from koscache.reader import Reader
 from koscache.store import Stats
 
 if TYPE_CHECKING:
     from koscache.cluster.hub import Hub
 
-#: Blocks of one object that are named one by one.
-_BLOCKS_MAX: Final = 1024
-#: What one member's answer may say of the blocks that it has.
-_NUMBERS_MAX: Final = 65_536
+#: Blocks of one object that are looked for, the first ones: 128 GiB in blocks of 8 MiB. To place them takes a second.
+_BLOCKS_MAX: Final = 16_384
+#: Runs of blocks in one answer, all nodes together; some 14 bytes each.
+_RUNS_MAX: Final = 65_536
+_RUNS_LEAST: Final = 16
+#: Of a message beside its body.
+_FRAME_BYTES: Final = 1024
 
 
-class NotUnderstood(KosError):
-    """The question names nothing that there is."""
+class Wrong(enum.StrEnum):
+    """Why there is no answer."""
+
+    QUESTION = "question"  # it is not one
+    UNKNOWN = "unknown"  # it names nothing that there is
+    REFUSED = "refused"  # it would do harm
+    AWAY = "away"  # a member, or the control store, cannot be asked
+    FAILED = "failed"
+
+
+class _Said(KosError):
+    """An answer that is none."""
+
+    def __init__(self, wrong: Wrong, message: str) -> None:
+        super().__init__(message)
+        self.wrong = wrong
 
 
 class Operations:
     """hub is set before anything is asked."""
 
-    hub: Hub
-
     def __init__(self, settings: Config, keeper: Keeper) -> None:
         self._settings = settings
         self._keeper = keeper
-        self._reader: Reader | None = None
+        self._rings = Rings()
+        self._hub: Hub | None = None
+        self._draining: Draining | None = None
         self._reads = 0
         self._hits = 0
-        self._local: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
+        self._topics: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
             "status": self._status,
             "blocks": self._blocks,
             "drain": self._drain,
@@ -61,68 +82,85 @@ class Operations:
             "locate": self._locate,
         }
 
+    @property
+    def hub(self) -> Hub:
+        assert self._hub is not None, "set before anything is asked"
+        return self._hub
+
+    @hub.setter
+    def hub(self, hub: Hub) -> None:
+        self._hub = hub
+        self._draining = Draining(self._settings, self._keeper, self._rings, hub.me.name, hub.clock, hub.tasks)
+        hub.followers.append(self._draining.follow)
+
     def counted(self, reads: int, hits: int) -> None:
         """Workers have answered so many more reads of objects, so many of them from the store."""
         self._reads += reads
         self._hits += hits
 
     async def answer(self, topic: str, body: bytes) -> bytes:
-        """JSON in, JSON out; what went wrong is {"error": …} too, so that it can travel between daemons."""
+        """JSON in, JSON out; what went wrong is {"error": …, "wrong": a Wrong} too, so that it can travel between daemons."""
         try:
             asked = msgspec.json.decode(body or b"{}", type=dict[str, Any])
-            handle = self._local.get(topic)
+            handle = self._topics.get(topic)
             if handle is None:
-                raise NotUnderstood(f"found topic {topic!r}, allowed: {' '.join(self._local)}")
-            said = await handle(asked)
+                raise _Said(Wrong.QUESTION, f"found topic {topic!r}, allowed: {' '.join(self._topics)}")
+            said = msgspec.json.encode(await handle(asked))
+            most = self._settings.cache.ipc_message_bytes - _FRAME_BYTES
+            if len(said) > most:
+                raise _Said(Wrong.FAILED, f"an answer of {len(said)} bytes; cache.ipc_message allows {most}")
+            return said
+        except _Said as error:
+            return _error(error.wrong, str(error))
         except KeyError as error:
-            said = {"error": f"found no {error} in the question"}
-        except (KosError, msgspec.MsgspecError) as error:
-            said = {"error": str(error)}
-        return msgspec.json.encode(said)
+            return _error(Wrong.QUESTION, f"found no {error} in the question")
+        except (ValueError, TypeError) as error:  # msgspec's among them
+            return _error(Wrong.QUESTION, f"not a question: {error}")
+        except ControlUnavailable as error:
+            return _error(Wrong.AWAY, f"the control store is away: {error}")
+        except KosError as error:
+            return _error(Wrong.FAILED, str(error))
 
     # --- of this node -----------------------------------------------------------------------------------------------------
 
     async def _status(self, asked: dict[str, Any]) -> dict[str, Any]:
         hub = self.hub
         stats = await self._keeper.stats() if self._keeper.is_open else None
-        used = stats.used_bytes if isinstance(stats, Stats) else None
-        member = hub.view.find(hub.me.name)
+        store = stats if isinstance(stats, Stats) else None
+        assert self._draining is not None, "made with the hub"
         return {
             "name": hub.me.name,
             "kos_version": kos.__version__,
-            "state": hub.me.state if member is None else member.state,
+            "state": hub.state,
             "trusting": hub.trusting,
             "epoch": hub.epoch,
             "view_version": hub.view.version,
             "capacity_bytes": self._settings.cache.size_bytes,
-            "used_bytes": used,
-            "blocks": stats.blocks if isinstance(stats, Stats) else None,
+            "used_bytes": None if store is None else store.used_bytes,
+            "blocks": None if store is None else store.blocks,
             "reads": self._reads,
             "hits": self._hits,
             "in_trouble": hub.in_trouble(),
             "control_away": hub.control_away,
             "writes_waiting": hub.writes_waiting,
+            "drain": self._draining.progress(),
         }
 
     async def _blocks(self, asked: dict[str, Any]) -> dict[str, Any]:
         """{"bucket", "name"} -> what the record says; with "content" (hex): which blocks of it are here."""
-        reader = self._open_reader()
-        record = reader.record(asked["bucket"], asked["name"])
         content = bytes.fromhex(asked["content"]) if asked.get("content") else None
-        numbers = [] if content is None else [number for number, _ in reader.blocks(content)[:_NUMBERS_MAX]]
+        found = await self._keeper.look(asked["bucket"], asked["name"], content)
+        if isinstance(found, StoreFailed):
+            raise found
+        record, numbers = found
+        numbers = [number for number in numbers if number < _BLOCKS_MAX]
         return {
-            "record": None if record is None else {"etag": record.etag, "size": record.size, "content": record.content.hex(),
-                                                    "validated_at": record.validated_at},
-            "numbers": numbers,
+            "record": None if record is None else {
+                "etag": record.etag, "size": record.size, "content": record.content.hex(), "validated_at": record.validated_at,
+            },
+            "count": len(numbers),
+            "runs": runs_of(numbers),
         }  # fmt: skip
-
-    def _open_reader(self) -> Reader:
-        if self._reader is None:
-            self._reader = Reader(self._settings.cache.dir, alone=False)
-            self._reader.open()
-        else:
-            self._reader.reopen()
-        return self._reader
 
     async def _drain(self, asked: dict[str, Any]) -> dict[str, Any]:
         return await self._set_state(asked, MemberState.DRAINING, "drain")
@@ -132,24 +170,30 @@ class Operations:
 
     async def _set_state(self, asked: dict[str, Any], state: MemberState, topic: str) -> dict[str, Any]:
         """Of the node that is named; of this one if none is."""
-        name = asked.get("node") or self.hub.me.name
-        if name != self.hub.me.name:
-            self._member(name)
-            return await self._ask(name, topic, {})
-        try:
-            await self.hub.set_state(state)
-        except ControlUnavailable as error:
-            return {"error": f"the control store is away: {error}"}
+        hub = self.hub
+        name = asked.get("node") or hub.me.name
+        if name != hub.me.name:
+            if hub.view.find(name) is None:
+                names = " ".join(each.name for each in hub.view.members)
+                raise _Said(Wrong.UNKNOWN, f"found node {name!r}, allowed: {names}")
+            answer = await self._ask(name, topic, {})
+            if "error" in answer:
+                raise _Said(Wrong(answer.get("wrong", Wrong.AWAY)), f"{name}: {answer['error']}")
+            return answer
+        others = [each for each in hub.view.others(name) if each.state is MemberState.ACTIVE]
+        if state is MemberState.DRAINING and not others:
+            raise _Said(Wrong.REFUSED, f"no other node is active, so nobody could take over the share of {name}")
+        await hub.set_state(state)
         return {"node": name, "state": state}
 
     # --- of the cluster ---------------------------------------------------------------------------------------------------
 
     async def _cluster(self, asked: dict[str, Any]) -> dict[str, Any]:
-        hub = self.hub
-        ring = Ring(hub.view.members)
-        answers = await self._ask_all("status", {})
+        hub, view = self.hub, self.hub.view
+        ring = await self._rings.of(view)
+        answers = await self._ask_all((member.name for member in view.members), "status", {})
         members = []
-        for member in hub.view.members:
+        for member in view.members:
             said = answers[member.name]
             members.append(
                 {
@@ -159,7 +203,7 @@ class Operations:
                     "peer": member.peer,
                     "cluster": member.cluster,
                     "weight": member.weight,
-                    "share": ring.share(member.name) if member.name in ring.members else 0.0,
+                    "share": ring.share(member.name),
                     **{key: said.get(key) for key in (
                         "kos_version", "trusting", "epoch", "view_version", "capacity_bytes", "used_bytes", "blocks",
                         "reads", "hits", "in_trouble", "control_away", "writes_waiting", "drain", "error",
@@ -169,50 +213,56 @@ class Operations:
         return {
             "asked": hub.me.name,
             "membership": self._settings.cluster.membership,
-            "view_version": hub.view.version,
+            "view_version": view.version,
+            "control_away": hub.control_away,
             "members": members,
         }
 
     async def _locate(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """{"bucket", "key", "version_id"?} -> home, owners, and block by block who should keep it and who does."""
+        """{"bucket", "key", "version_id"?} -> home, owners, which blocks each node should keep, and which it has."""
         bucket, key, version_id = asked["bucket"], asked["key"], asked.get("version_id")
         name = key if version_id is None else version_name(key, version_id)
-        ring = Ring(self.hub.view.members)
+        view, block_bytes = self.hub.view, self._settings.cache.block_bytes
+        ring = await self._rings.of(view)
         owners = ring.owners(bucket, name)
         question = {"bucket": bucket, "name": name}
-        records = await self._ask_all("blocks", question)
-        known = {member: said["record"] for member, said in records.items() if said.get("record")}
+        first = await self._ask_all((member.name for member in view.members), "blocks", question)
+        silent = {member: said["error"] for member, said in first.items() if "error" in said}
+        known = {member: said["record"] for member, said in first.items() if said.get("record")}
+        answer: dict[str, Any] = {
+            "bucket": bucket, "key": key, "version_id": version_id, "owners": owners, "home": owners[0] if owners else None,
+            "known_by": sorted(known), "etag": None, "size": None, "block_bytes": block_bytes, "block_count": None,
+            "blocks_looked_at": 0, "nodes": [], "unreachable": silent,
+        }  # fmt: skip
         best = next((known[owner] for owner in owners if owner in known), None)
         if best is None and known:
             best = max(known.values(), key=lambda record: record["validated_at"])
-        answer: dict[str, Any] = {
-            "bucket": bucket, "key": key, "version_id": version_id, "home": owners[0] if owners else None,
-            "owners": list(owners), "known_by": sorted(known), "etag": None, "size": None, "blocks": [],
-            "unreachable": {member: said["error"] for member, said in records.items() if "error" in said},
-        }  # fmt: skip
         if best is None:
             return answer
-        held = await self._ask_all("blocks", question | {"content": best["content"]})
-        keeping = {member: set(said.get("numbers", ())) for member, said in held.items()}
-        content = bytes.fromhex(best["content"])
-        count = block_count(best["size"], self._settings.cache.block_bytes)
-        answer |= {"etag": best["etag"], "size": best["size"], "block_count": count}
-        answer["blocks"] = [
-            {
-                "number": number,
-                "owner": (ring.block_owners(bucket, name, content, number) or (None,))[0],
-                "kept_by": sorted(member for member, numbers in keeping.items() if number in numbers),
-            }
-            for number in range(min(count, _BLOCKS_MAX))
-        ]
-        return answer
-
-    def _member(self, name: str) -> Member:
-        member = self.hub.view.find(name)
-        if member is None:
-            names = " ".join(each.name for each in self.hub.view.members)
-            raise NotUnderstood(f"found node {name!r}, allowed: {names}")
-        return member
+        # Who has not answered the first question is not waited for again.
+        second = await self._ask_all(
+            (name for name in first if name not in silent), "blocks", question | {"content": best["content"]}
+        )
+        silent |= {member: said["error"] for member, said in second.items() if "error" in said}
+        count = block_count(best["size"], block_bytes)
+        looked_at = min(count, _BLOCKS_MAX)
+        placed = await asyncio.to_thread(_place, ring, bucket, name, bytes.fromhex(best["content"]), looked_at)
+        runs_max = max(_RUNS_LEAST, _RUNS_MAX // (2 * len(view.members)))
+        nodes = []
+        for member in view.members:
+            numbers, said = placed.get(member.name, []), second.get(member.name, {})
+            nodes.append(
+                {
+                    "name": member.name,
+                    "should_keep": runs_of(numbers)[:runs_max],
+                    "should_keep_count": len(numbers),
+                    "keeps": said["runs"][:runs_max] if "runs" in said else None,
+                    "keeps_count": said.get("count"),
+                }
+            )
+        return answer | {
+            "etag": best["etag"], "size": best["size"], "block_count": count, "blocks_looked_at": looked_at, "nodes": nodes,
+        }  # fmt: skip
 
     async def _ask(self, name: str, topic: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -220,7 +270,19 @@ class Operations:
         except (KosError, msgspec.MsgspecError) as error:
             return {"error": str(error)}
 
-    async def _ask_all(self, topic: str, body: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        names = [member.name for member in self.hub.view.members]
-        answers = await asyncio.gather(*(self._ask(name, topic, body) for name in names))
-        return dict(zip(names, answers, strict=True))
+    async def _ask_all(self, names: Iterable[str], topic: str, body: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        asked = list(names)
+        answers = await asyncio.gather(*(self._ask(name, topic, body) for name in asked))
+        return dict(zip(asked, answers, strict=True))
+
+
+def _place(ring: Ring, bucket: str, name: str, content: bytes, count: int) -> dict[str, list[int]]:
+    """By node, the blocks of the first `count` that it should keep. Takes long: not for the loop."""
+    placed: dict[str, list[int]] = {}
+    for number in range(count if ring.members else 0):
+        placed.setdefault(ring.block_owners(bucket, name, content, number, 1)[0], []).append(number)
+    return placed
+
+
+def _error(wrong: Wrong, message: str) -> bytes:
+    return msgspec.json.encode({"error": message, "wrong": wrong})
