@@ -170,11 +170,14 @@ class Opener:
         return opened
 
     def _another_has(self, bucket: str, key: str, record: Record, want: Want) -> bool:
-        """Whether the first bytes wanted are another node's to give."""
-        start = 0
+        """Whether the first block that is not here is another node's to give."""
+        start, stop = 0, record.size
         if want.range is not None:
-            start, _ = ranges.resolve(want.range, record.size)
-        return self._context.upstream.remote(bucket, key, record, start // self._context.cache.block_bytes)
+            start, stop = ranges.resolve(want.range, record.size)
+        block = self._context.cache.block_bytes
+        numbers = range(start // block, min(block_count(stop, block), start // block + _LOOKED_AT_BLOCKS))
+        missing = next((number for number in numbers if self._blocks.here(record, number) is None), None)
+        return missing is not None and self._context.upstream.remote(bucket, key, record, missing)
 
     def _all_here(self, record: Record, want: Want) -> bool:
         start, stop = 0, record.size

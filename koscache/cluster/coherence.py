@@ -521,14 +521,14 @@ class Coherence:
         """Whether a Hello of that name is to be heard out: of a member, or of one that joins."""
         return name != self._name and (name in self._ins or not self._static)
 
-    def hello(self, hello: wire.Hello, now: float) -> list[Command]:
-        """A member's line begins. The shell says Welcome when the commands are done."""
+    def hello(self, hello: wire.Hello, now: float, since: float = -math.inf) -> list[Command]:
+        """A member's line begins. The shell says Welcome when the commands are done. since: as in viewed()."""
         name = hello.member.name
         if name not in self._ins:
             if hello.version <= self._view.version:
                 raise ProtocolBroken("no member any more")
             self._announced[name] = (hello.member, hello.version)
-        commands = self._follow_wanted(now, -math.inf)
+        commands = self._follow_wanted(now, since)
         inn = self._ins[name]
         # While a lease of it holds, or our trust of before, nobody has passed over us.
         continuous = inn.renewed_at + self._long_s > now or self._trusted_before > now

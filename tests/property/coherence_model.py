@@ -242,7 +242,7 @@ class Model:
         commands: list[co.Command] = []
         if isinstance(message, wire.Hello):
             try:
-                commands = c.hello(message, now)
+                commands = c.hello(message, now, here.looked_at)
             except co.ProtocolBroken:
                 self.cut(writer, listener)
                 return

@@ -11,6 +11,7 @@ upgrades at once in one process would write to each other's databases.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,9 @@ from sqlalchemy import Connection
 
 from kos.control.database import Database
 from kos.control.errors import SchemaTooNew
+
+# It tells at each start which plug-ins it has and which statements it will not run in a transaction.
+logging.getLogger("alembic").setLevel(logging.WARNING)
 
 #: Of PostgreSQL's advisory locks, which are numbers: "kosctrl" in ASCII, and nobody else's in this database.
 _LOCK: Final = int.from_bytes(b"kosctrl")
