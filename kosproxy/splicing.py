@@ -387,6 +387,7 @@ class Splicer:
         assert piece is not None
         self.busy = False
         piece.stream.watch(None)
+        piece.stream.expect(1)  # whoever takes what follows may want less
         self._ignore_client()
         self._put_vessel_back()
         if self._soon is not None:

@@ -25,6 +25,8 @@ IDLE_S: Final = 30.0
 #: The first pause after a failure, and the longest.
 _PAUSE_S: Final = 0.2
 _PAUSE_MAX_S: Final = 5.0
+#: include/uapi/linux/in.h; valid for IPv6 as well
+_IP_BIND_ADDRESS_NO_PORT: Final = 24
 #: So many hedges in a row that it lost without one answer count as a failure: it accepts connections and says nothing.
 _LOSSES_MAX: Final = 5
 
@@ -204,25 +206,32 @@ class Peer:
         timeout_s = self._settings.connect_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                family, address = await self._address()
-                sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-                try:
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    if self._local_host is not None:
-                        sock.bind((self._local_host, 0))
-                    await self._loop.sock_connect(sock, address)
-                except BaseException:
-                    sock.close()
-                    raise
+                sock = await self._connected()
         except TimeoutError as error:
             raise NoConnection(f"no connection within {timeout_s:g} s") from error
         except OSError as error:
             raise NoConnection(f"no connection: {error.strerror or error}") from error
         return PeerConnection(self._loop, sock, self._closed)
 
-    async def _address(self) -> tuple[int, tuple[str, int]]:
-        """Of the member, resolved where it is a name."""
-        host, port = split_address(self.member.peer)
+    async def _connected(self) -> socket.socket:
+        family, address = await self._resolve(*split_address(self.member.peer))
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._local_host is not None:
+                ours, source = await self._resolve(self._local_host, 0)
+                if ours == family:
+                    # The port is chosen when it is known where to: else all peers together have 28 000.
+                    sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+                    sock.bind(source)
+            await self._loop.sock_connect(sock, address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def _resolve(self, host: str, port: int) -> tuple[int, tuple[str, int]]:
+        """Family and address; of a name that is none, by asking for it in a thread."""
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):
                 socket.inet_pton(family, host)

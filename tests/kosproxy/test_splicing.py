@@ -277,6 +277,9 @@ class BytesOf(StreamPiece):
     def watch(self, readable: Any) -> None:
         pass
 
+    def expect(self, count: int) -> None:
+        pass
+
 
 @pytest.mark.parametrize("pipes", [4, 0])
 @pytest.mark.parametrize("came", [0, 1, 300_000])

@@ -411,12 +411,23 @@ async def test_a_member_that_comes_back_elsewhere_is_asked_there() -> None:
         assert await ask(peers, "a") == ("a", b"2")
 
 
-async def test_a_name_is_resolved_and_connections_come_from_where_they_should() -> None:
-    async with FakePeer("a", says(b"1")) as a, peers_of(a) as peers:
-        peers._local_host = "127.0.0.2"
+@pytest.mark.parametrize("source", ["127.0.0.2", "localhost", "::1"])
+async def test_names_are_resolved_and_connections_come_from_where_they_should(source: str) -> None:
+    sources: list[str] = []
+
+    async def notes(peer: object, reader: object, writer: asyncio.StreamWriter, question: object) -> bool:
+        sources.append(writer.get_extra_info("peername")[0])
+        writer.write(head(0))
+        return True
+
+    async with FakePeer("a", notes) as a, peers_of() as peers:
+        peers._local_host = source
         member = a.member
         peers.update(View(1, (type(member)("a", 2, f"localhost:{a.port}", member.cluster, 1),)))
-        assert await ask(peers, "a") == ("a", b"1")
+        assert await ask(peers, "a") == ("a", b"")
+        assert sources == ["127.0.0.2" if source == "127.0.0.2" else "127.0.0.1"], (
+            "of another family: the kernel's choice"
+        )
 
 
 # --- cancellation ---------------------------------------------------------------------------------------------------------
