@@ -445,6 +445,9 @@ def _check_cluster(config: Config) -> Iterator[Complaint]:
             yield Complaint(("members", index, "name"), f"{name!r} again", "each name once")
     if cluster.membership == "static" and cluster.name is not None and cluster.name not in names:
         yield Complaint(("members",), f"no member {cluster.name!r}", "this node's own cluster.name among them")
+    for name, address in (("peer", config.listen.peer), ("cluster", config.listen.cluster)):
+        if split_address(address)[1] == 0:
+            yield Complaint(("listen", name), address, "in a cluster a port of its own, for the others are told it")
     host, _ = split_address(config.listen.peer)
     if host in ("0.0.0.0", "::") and cluster.membership == "control" and cluster.advertise is None:
         yield Complaint(

@@ -522,7 +522,8 @@ class Coherence:
         return name != self._name and (name in self._ins or not self._static)
 
     def hello(self, hello: wire.Hello, now: float, since: float = -math.inf) -> list[Command]:
-        """A member's line begins. The shell says Welcome when the commands are done. since: as in viewed()."""
+        """A member's line begins. The shell says Welcome when the commands are done, then calls listening(). since: as in
+        viewed()."""
         name = hello.member.name
         if name not in self._ins:
             if hello.version <= self._view.version:
@@ -547,9 +548,13 @@ class Coherence:
         inn.up = inn.met = True
         inn.daemon, inn.clean = hello.daemon, False
         inn.asked, inn.asked_at = {}, -math.inf
-        if self._heard(hello.version):
-            commands.append(Reply(name, wire.AskView()))
-        return commands + self._renew(name, inn, now) + self._trust(now)
+        self._heard(hello.version)
+        return commands + self._trust(now)
+
+    def listening(self, name: str, now: float) -> list[Command]:
+        """The member has been welcomed: from now on it hears what we reply."""
+        commands: list[Command] = [Reply(name, wire.AskView())] if self.outdated else []
+        return commands + self._renew(name, self._ins[name], now)
 
     def begun(self, name: str, message: wire.Begin) -> list[Command]:
         inn = self._ins[name]

@@ -420,6 +420,9 @@ class Hub:
         if self._cluster.membership == "static":
             self._learn_state(hello.member)
 
+    def listening(self, name: str) -> None:
+        self._do(self._c().listening(name, self._now()))
+
     def heard(self, name: str, message: Any) -> None:
         """What a writer says on its line."""
         c = self._c()

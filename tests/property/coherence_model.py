@@ -248,6 +248,7 @@ class Model:
                 return
             self.do(here, commands)
             line.to_writer.append(wire.Welcome(listener, here.daemon, c._view.version, b""))
+            self.do(here, c.listening(writer, now))
             return
         if isinstance(message, wire.Welcome):
             commands = c.welcomed(other, message.version, now)
