@@ -52,7 +52,7 @@ ORIGIN_SECONDS: Final = Histogram(
 ORIGIN_ERRORS: Final = Counter("kos_origin_errors_total", "Requests that the origin did not answer", ["reason"])
 PEER_REQUESTS: Final = Counter(
     "kos_peer_requests_total",
-    "Questions to other nodes. path: object, block, checksum, ahead. result: answered, declined (it said why not), "
+    "Questions to other nodes. path: object, block, checksum, ahead, take. result: answered, declined (it said why not), "
     "failed (no answer), broken (besides answered: its body broke off), lost (another node was faster, or nobody waits), "
     "busy (too many connections to it)",
     ["path", "result"],
@@ -71,7 +71,7 @@ PEER_BLOCKS_BAD: Final = Counter(
 )
 PEER_ANSWERS: Final = Counter(
     "kos_peer_answers_total",
-    "Questions of other nodes that were answered. path: object, block, checksum, ahead, none. lane: fast, slow",
+    "Questions of other nodes that were answered. path: object, block, checksum, ahead, take, none. lane: fast, slow",
     ["path", "status", "lane"],
 )
 # The daemon alone knows these of the cluster.

@@ -43,13 +43,6 @@ _QUESTION: Final = re.compile(
 )
 _BLOCK: Final = wire.BLOCK.encode()
 _OBJECT: Final = wire.OBJECT.encode()
-_PATHS: Final = {
-    wire.OBJECT: "object",
-    wire.BLOCK: "block",
-    wire.CHECKSUM: "checksum",
-    wire.AHEAD: "ahead",
-    wire.TAKE: "take",
-}
 _PEER_OUT: Final = ("peer_out",)
 #: Up to here one copy through this process costs less than setting up a sendfile.
 _COPY_BYTES: Final = 32 * 1024
@@ -219,7 +212,7 @@ class Peering:
             exchange.break_off()
             raise
         finally:
-            _count(_PATHS.get(path, "none"), exchange.status, "slow", exchange.sent_bytes)
+            _count(wire.NAMES.get(path, "none"), exchange.status, "slow", exchange.sent_bytes)
         return Sent(keep_alive=exchange.keep_alive)
 
     async def malformed(self, connection: Connection, error: S3Error) -> None:

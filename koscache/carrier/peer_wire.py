@@ -43,6 +43,8 @@ BLOCK: Final = "/kos/1/block"
 CHECKSUM: Final = "/kos/1/checksum"
 AHEAD: Final = "/kos/1/ahead"
 TAKE: Final = "/kos/1/take"
+#: What the counts call them.
+NAMES: Final = {OBJECT: "object", BLOCK: "block", CHECKSUM: "checksum", AHEAD: "ahead", TAKE: "take"}
 
 ASK_HEADER: Final = "x-kos-ask"
 AUTH_HEADER: Final = "x-kos-auth"

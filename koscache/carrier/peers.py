@@ -37,13 +37,6 @@ __all__ = ["PeerResponse", "PeerUnavailable", "Peers", "failed_of"]
 _SMALL_BYTES: Final = 64 * 1024
 #: Read at first where more follows: a head with a checksum, and little of the body, which is to stay in the socket.
 _HEAD_BYTES: Final = 1024
-#: What the counts call the paths.
-_PATHS: Final = {
-    peer_wire.OBJECT: "object",
-    peer_wire.BLOCK: "block",
-    peer_wire.CHECKSUM: "checksum",
-    peer_wire.AHEAD: "ahead",
-}
 _NOT_HERE: Final = peer_wire.status_of(peer_wire.not_here(""))
 
 
@@ -79,7 +72,7 @@ class Peers:
         self._asker = Asker(tasks, clock, settings.read_timeout_s)
         self._peers: dict[str, Peer] = {}
         self._budget = HedgeBudget(settings.hedges)
-        self._latencies = {path: Latencies(settings.hedge_least_s, settings.hedge_most_s) for path in _PATHS}
+        self._latencies = {path: Latencies(settings.hedge_least_s, settings.hedge_most_s) for path in peer_wire.NAMES}
 
     def update(self, view: View) -> None:
         """Who is a member, and where, from now on. Idle connections to those who are gone are closed, questions to them
@@ -116,7 +109,9 @@ class Peers:
             path.encode(), auth.encode(), encoded,
         )  # fmt: skip
         small = not isinstance(ask, AskBlock) or ask.stop - ask.start <= _SMALL_BYTES
-        question = Question(_PATHS[path], request, _SMALL_BYTES if small else _HEAD_BYTES, self._latencies[path])
+        question = Question(
+            peer_wire.NAMES[path], request, _SMALL_BYTES if small else _HEAD_BYTES, self._latencies[path]
+        )
         self._budget.asked()
         race = _Race(self._asker, question, candidates, self._budget if hedge and len(candidates) > 1 else None)
         try:
