@@ -104,12 +104,15 @@ def answered(path: str, status: int, lane: str) -> float:
 
 
 @contextlib.asynccontextmanager
-async def home_of(path: Path, *, rules: tuple[config.Rule, ...] = (), **limits: Any) -> AsyncIterator[Home]:
+async def home_of(
+    path: Path, *, rules: tuple[config.Rule, ...] = (), patience_s: float = 10.0, **limits: Any
+) -> AsyncIterator[Home]:
+    """patience_s: for so long a failure can still be told; then the head has left."""
     clock = ShiftedClock()
     async with CacheNode(path, block_bytes=BLOCK, clock=clock, rules=rules) as node:
         settings = msgspec.structs.replace(
             node.config,
-            cluster=config.Cluster(membership="static", secret=SECRET, hedge_least_s=0.1),
+            cluster=config.Cluster(membership="static", secret=SECRET, hedge_least_s=2 * patience_s),
             limits=config.Limits(**limits),
         )
         tasks = Tasks("home")
@@ -221,17 +224,18 @@ async def test_a_cold_block_is_filled_once_for_all_who_ask(home: Home) -> None:
     assert answered("block", 200, "fast") == fast + 1
 
 
-async def test_the_head_does_not_wait_for_the_origin(home: Home) -> None:
-    record = await home.known()
-    hold = home.origin.hold(at="answer")
-    response = await home.ask(AskBlock("b", "k", record, 0, 0, BLOCK, fill=True))
-    assert (response.status, response.content_length) == (200, BLOCK)
-    assert "x-kos-checksum" not in response.headers
-    reading = asyncio.ensure_future(response.read(BLOCK))
-    await hold.reached()
-    hold.release()
-    assert await reading == BODY[:BLOCK]
-    response.release()
+async def test_the_head_does_not_wait_for_the_origin(tmp_path: Path) -> None:
+    async with home_of(tmp_path, patience_s=0.01) as home:
+        record = await home.known()
+        hold = home.origin.hold(at="answer")
+        response = await home.ask(AskBlock("b", "k", record, 0, 0, BLOCK, fill=True))
+        assert (response.status, response.content_length) == (200, BLOCK)
+        assert "x-kos-checksum" not in response.headers
+        reading = asyncio.ensure_future(response.read(BLOCK))
+        await hold.reached()
+        hold.release()
+        assert await reading == BODY[:BLOCK]
+        response.release()
 
 
 async def test_bytes_are_passed_on_as_they_come(home: Home) -> None:
@@ -309,6 +313,17 @@ async def test_an_asker_that_goes_takes_no_fill_with_it(home: Home) -> None:
     fast = answered("block", 200, "fast")
     assert (await home.get(AskBlock("b", "k", record, 0, 0, BLOCK)))[1] == BODY[:BLOCK]
     assert answered("block", 200, "fast") == fast + 1
+
+
+async def test_a_block_that_is_to_be_kept_is_kept_here_too_however_short(home: Home) -> None:
+    """A short read does not fill a cold block at first touch; of a last block that is short, all of it is one."""
+    record = await home.known()
+    asked = len(home.origin.requests)
+    ask = AskBlock("b", "k", record, 3, 0, 1000, fill=True)
+    for _ in range(2):
+        assert (await home.get(ask))[1] == BODY[3 * BLOCK :]
+        await home.node.settled()
+    assert len(home.origin.requests) == asked + 1
 
 
 # --- objects ------------------------------------------------------------------------------------------------------------
