@@ -14,7 +14,7 @@ Invariant: label values come from fixed sets (operations, phases, reasons), neve
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
@@ -30,7 +30,7 @@ if os.environ.get(MULTIPROC_DIR) and os.environ.get(PROCESS):
 
 REQUESTS: Final = Counter(
     "kos_requests_total",
-    "S3 requests answered. lane: fast, slow. phase: hit, miss, revalidated, stale, bypass, none",
+    "S3 requests answered. lane: fast, slow. phase: hit, peer, miss, revalidated, stale, bypass, none",
     ["operation", "status", "lane", "phase"],
 )
 BYTES: Final = Counter(
@@ -162,10 +162,12 @@ class FastCounts:
     `counts.add(("GetObject", "200", "fast", "hit"))` with the label values in the metric's order.
     """
 
-    __slots__ = ("_counter", "_counts")
+    __slots__ = ("_counter", "_counts", "flushed")
 
     def __init__(self, counter: Counter) -> None:
         self._counter = counter
+        #: called with what is carried over, for who wants to know it too
+        self.flushed: Callable[[Mapping[tuple[str, ...], float]], None] | None = None
         self._counts: dict[tuple[str, ...], float] = {}
 
     def add(self, labels: tuple[str, ...], amount: float = 1) -> None:
@@ -177,6 +179,8 @@ class FastCounts:
         counts, self._counts = self._counts, {}
         for labels, amount in counts.items():
             self._counter.labels(*labels).inc(amount)
+        if counts and self.flushed is not None:
+            self.flushed(counts)
 
 
 #: for everybody who counts per request; a process that uses them runs flush_forever

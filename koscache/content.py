@@ -135,8 +135,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     etag: with its quotes. size: bytes. headers, checksums: as in ObjectMeta. validated_at: epoch seconds of the moment
     *before* the origin request that vouched for it was sent; 0 = rebuilt from disk, must be revalidated. fence: value
-    of the object's fence slot read before that request; 0 matches no slot. epoch: the cluster epoch it was made in (0
-    so far). content: content_id(bucket, key, etag, size).
+    of the object's fence slot read before that request; 0 matches no slot. content: content_id(bucket, key, etag, size).
     """
 
     etag: str
@@ -148,7 +147,6 @@ class Record(msgspec.Struct, frozen=True, array_like=True, dict=True):
     content: bytes
     validated_at: float
     fence: int
-    epoch: int = 0
 
     @cached_property
     def meta(self) -> ObjectMeta:
@@ -184,7 +182,7 @@ def storable(meta: ObjectMeta) -> bool:
     return True
 
 
-def make_record(bucket: str, key: str, meta: ObjectMeta, *, validated_at: float, fence: int, epoch: int = 0) -> Record:
+def make_record(bucket: str, key: str, meta: ObjectMeta, *, validated_at: float, fence: int) -> Record:
     """The record of an origin answer that is storable(). key: or a version_name(); versions of the same bytes share their
     blocks. See Record for when validated_at and fence must have been read."""
     return Record(
@@ -197,7 +195,6 @@ def make_record(bucket: str, key: str, meta: ObjectMeta, *, validated_at: float,
         content=content_id(bucket, split_name(key)[0], meta.etag, meta.size),
         validated_at=validated_at,
         fence=fence,
-        epoch=epoch,
     )
 
 

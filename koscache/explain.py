@@ -17,6 +17,7 @@ from kos.config import Config
 from kos.config_values import show_duration, show_freshness
 from kos.rules import Match, Rules
 from koscache.content import Freshness, Record, block_count, is_immutable, judge, rule_of, version_name
+from koscache.fence import Fence
 from koscache.reader import Reader
 
 #: a terabyte in 8 MiB blocks has 131072; more runs than this help nobody
@@ -84,7 +85,7 @@ def explain_object(
             "cached": len(cached),
             "cached_runs": _runs(cached)[:RUNS_MAX],
         }
-    answer["next_get"] = _next_get(record, freshness, whole, match)
+    answer["next_get"] = _next_get(record, freshness, whole, match, reader.fence)
     return answer
 
 
@@ -109,12 +110,20 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _next_get(record: Record | None, freshness: Freshness, whole: bool, match: Match) -> str:
+def _next_get(record: Record | None, freshness: Freshness, whole: bool, match: Match, fence: Fence) -> str:
+    if record is None and not fence.alone:
+        return "peer or miss: asks the key's home in the cluster, or the origin where this node is that"
     if record is None:
         return "miss: asks the origin for the object and fills its blocks"
+    if not fence.trusted():
+        return (
+            "revalidation: this node may not hear of every write in the cluster; until it does, the origin confirms all"
+        )
     if freshness is Freshness.FRESH:
         if whole:
             return "hit: served from this node's store, the origin is not asked"
+        if not fence.alone:
+            return "peer or miss of blocks: the record is fresh; blocks that are not here come from the nodes that keep them"
         return "miss of blocks: the record is fresh, blocks that are not here are read from the origin (If-Match)"
     if freshness is Freshness.FENCED:
         return "revalidation: written since it was last validated (or rebuilt after a restart); never served stale"

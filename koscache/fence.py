@@ -151,17 +151,20 @@ class Fence:
         return self._slots[object_slot_hash(bucket, key) & _MASK] ^ self._words[_EPOCH]
 
     def bump(self, slot: int) -> int:
-        """Gives the slot a value that it never had, and returns it.
+        """Gives the slot a value that it never had, and returns it."""
+        self._slots[slot] = self.unused_value()
+        return self.value(slot)
+
+    def unused_value(self) -> int:
+        """One that no slot ever had.
 
         Time in ns makes values of forked processes (same random state) differ, random bits those of one nanosecond.
         """
-        value = time.time_ns() ^ self._random(64) or 1
-        self._slots[slot] = value
-        return self.value(slot)
+        return time.time_ns() ^ self._random(64) or 1
 
     def bump_all(self, slots: Iterable[int]) -> None:
         """Gives each of the slots a value that it never had. They may get the same one: none is compared with another's."""
-        value = time.time_ns() ^ self._random(64) or 1
+        value = self.unused_value()
         present = self._slots
         for slot in slots:
             present[slot] = value

@@ -20,6 +20,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import uvloop
@@ -34,7 +35,7 @@ from kos.origin.credentials import from_config
 from kos.origin.lane import OriginLane
 from kos.rules import Rules
 from kos.tasks import Tasks
-from koscache.carrier import Carrier, Peers, TouchMap
+from koscache.carrier import Carrier, Peers, Phase, TouchMap
 from koscache.reader import Reader
 from kosproxy.certificate import Certificate
 from kosproxy.listings import Listings
@@ -176,6 +177,7 @@ async def parts_of(settings: Config, clock: Clock | None = None) -> AsyncIterato
         if touches is not None:
             stack.callback(touches.close)
         carrier = Carrier(settings, reader, origin, rules, clock, tasks, peers, touches)
+        metrics.REQUEST_COUNTS.flushed = partial(_tell_hits, carrier)
         await carrier.start()
         stack.push_async_callback(carrier.close)
         listings = None
@@ -214,6 +216,16 @@ def _cluster_parts(settings: Config, clock: Clock, tasks: Tasks) -> tuple[Peers 
     host, _ = config.split_address(settings.listen.peer)
     local = None if host in ("0.0.0.0", "::") else host
     return Peers(cluster, config.own_name(settings), cluster.secret.encode(), clock, tasks, local), touches
+
+
+def _tell_hits(carrier: Carrier, counts: Mapping[tuple[str, ...], float]) -> None:
+    """Of reads that the cache has a part in, how many did without the origin."""
+    reads = hits = 0.0
+    for (operation, _, _, phase), count in counts.items():
+        if operation in ("GetObject", "HeadObject") and phase != "none":
+            reads += count
+            hits += count if phase in (Phase.HIT, Phase.PEER) else 0
+    carrier.counted(int(reads), int(hits))
 
 
 def _hangup(access_log: AccessLog, certificate: Certificate | None) -> None:

@@ -167,6 +167,11 @@ class Carrier:
             self._link.up, self.caching, self.reason, self._blocks.fills, self._opener.flights, self._link.waiting
         )
 
+    def counted(self, reads: int, hits: int) -> None:
+        """This worker has answered so many more reads of objects, so many of them without the origin: for the daemon to tell."""
+        if reads and self._write_wait_s is not None:
+            self._link.tell(ipc.Counted(reads, hits))
+
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def peek(self, bucket: str, key: str, now: float | None = None) -> Peek:
@@ -318,7 +323,11 @@ class Carrier:
 
         Read them before the origin is asked; the page counts for as long as they are the same. No await.
         """
-        return self._reader.fence.listing_values(bucket, prefix)
+        fence = self._reader.fence
+        if not fence.trusted():
+            # Values that nothing was kept under, or ever will be found under.
+            return fence.unused_value(), fence.unused_value()
+        return fence.listing_values(bucket, prefix)
 
     def known_part(self, bucket: str, record: Record, number: int) -> Part | None:
         """Part `number` of the version, if it is known without asking the origin. No await.

@@ -13,8 +13,8 @@ node holds (see _trust).
 
     a write here:  begin ─▶ UNDER_WAY ─end─▶ CLOSING ─all have the Begin─▶ ENDING ─all have the End─▶ gone
 
-Times are seconds of one clock that never stops (fence.boot_ns), given by the caller; of others' clocks nothing is assumed but that
-they run at most RATE_SLACK faster or slower.
+Times are seconds of one clock that never stops (fence.boot_ns), given by the caller; of others' clocks nothing is assumed but
+that they run at most RATE_SLACK faster or slower.
 """
 
 from __future__ import annotations

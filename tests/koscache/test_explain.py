@@ -18,6 +18,13 @@ SLOT = 7
 
 
 class FakeFence:
+    def __init__(self, *, alone: bool = True, trusts: bool = True) -> None:
+        self.alone = alone
+        self._trusts = trusts
+
+    def trusted(self) -> bool:
+        return self._trusts
+
     def value_of(self, bucket: str, key: str) -> int:
         return SLOT
 
@@ -25,9 +32,8 @@ class FakeFence:
 class FakeReader:
     """A reader that knows one record and some of its blocks."""
 
-    fence = FakeFence()
-
-    def __init__(self, record: Record | None, numbers: list[int]) -> None:
+    def __init__(self, record: Record | None, numbers: list[int], fence: FakeFence | None = None) -> None:
+        self.fence = fence or FakeFence()
         self._record, self._numbers = record, numbers
 
     def record(self, bucket: str, key: str) -> Record | None:
@@ -85,3 +91,17 @@ def test_runs_and_age() -> None:
         "stale_if_error": "1m",
         "why": "rules[0] is the first whose glob matches the bucket",
     }
+
+
+@pytest.mark.parametrize(
+    ("known", "numbers", "trusts", "next_get"),
+    [
+        (None, [], True, "peer or miss: asks the key's home"),
+        (record(), [0, 1], True, "peer or miss of blocks"),
+        (record(), [0, 1, 2, 3, 4], True, "hit"),
+        (record(), [0, 1, 2, 3, 4], False, "revalidation: this node may not hear of every write"),
+    ],
+)
+def test_in_a_cluster(known: Record | None, numbers: list[int], trusts: bool, next_get: str) -> None:
+    reader = cast(Reader, FakeReader(known, numbers, FakeFence(alone=False, trusts=trusts)))
+    assert explain_object(reader, Rules([]), FakeClock(), 10, "b", "k")["next_get"].startswith(next_get)
