@@ -1,8 +1,9 @@
 """What the store has, told a page at a time: for whoever gives it to other nodes, and for whoever shows it.
 
     by segment   the newest first: there is what was filled last, and what eviction moved on because it was read. Its table
-                 names the object of most blocks; it does not of short ones that were filled alone.
-    by object    all blocks of all records, in no order that means anything
+                 names the object of each block, but for short ones that were filled without their record.
+    by object    all blocks of all records, in no order that means anything. A node has no record of most objects of which it
+                 keeps blocks for others.
 
 Owns: these two ways through segments and index, pages. Does not own: either of them (space, index), what was read (eviction).
 
@@ -28,7 +29,7 @@ _PAGE_ENTRIES: Final = 256
 
 
 class Held(NamedTuple):
-    """A block of the present version of an object, as the index knows it. length: bytes."""
+    """A block of the present version of an object, as far as this node knows. length: bytes."""
 
     bucket: str
     name: str
@@ -75,13 +76,13 @@ class Inventory:
         """The newest first; some may be gone when they are looked at."""
         return list(reversed(self._space.live))
 
-    def of_segment(self, segment: int, start: int) -> SegmentPage:
-        """Those blocks of a segment that were read since they were written, the last written first; `start`: the entry to
-        begin at. Without those that its table does not name; none of a segment that is gone or whose table cannot be read."""
+    def of_segment(self, segment: int, start: int, hot: bool) -> SegmentPage:
+        """Blocks of a segment, the last written first; `start`: the entry to begin at. hot: those alone that were read since they
+        were written. None of a segment that is gone or whose table cannot be read."""
         if segment != self._segment:
             self._table, self._segment = self._read_table(segment), segment
         stop = start + _PAGE_ENTRIES
-        held = self._look_up(segment, self._table[start:stop])
+        held = self._look_up(segment, self._table[start:stop], hot)
         if stop < len(self._table):
             return SegmentPage(held, stop)
         self._segment, self._table = -1, []
@@ -95,20 +96,20 @@ class Inventory:
         except StoreFailed:
             return []  # its blocks are found by their objects
 
-    def _look_up(self, segment: int, regions: Sequence[Region]) -> list[Held]:
+    def _look_up(self, segment: int, regions: Sequence[Region], hot: bool) -> list[Held]:
         environment = self._environment
         held: list[Held] = []
         with environment.read() as txn:
             for region in regions:
                 key = ix.block_key(region.content, region.number)
-                hashed = region.payload[: ix.OBJECT_HASH_BYTES]
-                if not hashed or key not in self._touches:
+                hashed, kept = region.payload[: ix.OBJECT_HASH_BYTES], region.payload[ix.OBJECT_HASH_BYTES :]
+                if not kept or (hot and key not in self._touches):
                     continue
                 location = _location(key, txn.get(key, db=environment.blocks))
                 if location is None or (location.segment, location.offset) != (segment, region.body_offset):
                     continue
-                value = txn.get(hashed, db=environment.objects)
-                if value is not None and ix.record_content(value) == region.content:
+                value = txn.get(hashed, db=environment.objects) or kept
+                if ix.record_content(value) == region.content:  # else a later version is known
                     named = ix.decode_record(hashed, value)
                     if named is not None:
                         held.append(_held(named, region.number, location))

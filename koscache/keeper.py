@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,7 +47,7 @@ class Storing(Protocol):
     def locate(self, content: bytes, number: int) -> Location | None: ...
     def record(self, bucket: str, key: str) -> Record | None: ...
     def segments(self) -> list[int]: ...
-    def of_segment(self, segment: int, start: int) -> SegmentPage: ...
+    def of_segment(self, segment: int, start: int, hot: bool) -> SegmentPage: ...
     def of_objects(self, start: Place, hot: bool) -> ObjectsPage: ...
     def numbers(self, content: bytes) -> list[int]: ...
     def touched(self, blocks: list[tuple[bytes, int]]) -> None: ...
@@ -197,8 +197,8 @@ class Keeper:
         result: list[int] | StoreFailed = await self._ask("segments", lambda store: store.segments())
         return result
 
-    async def of_segment(self, segment: int, start: int) -> SegmentPage | StoreFailed:
-        result: SegmentPage | StoreFailed = await self._ask("page", lambda store: store.of_segment(segment, start))
+    async def of_segment(self, segment: int, start: int, *, hot: bool) -> SegmentPage | StoreFailed:
+        result: SegmentPage | StoreFailed = await self._ask("page", lambda store: store.of_segment(segment, start, hot))
         return result
 
     async def of_objects(self, start: Place, *, hot: bool) -> ObjectsPage | StoreFailed:
@@ -212,6 +212,16 @@ class Keeper:
             return store.record(bucket, key), [] if content is None else store.numbers(content)
 
         result: tuple[Record | None, list[int]] | StoreFailed = await self._ask("look", look)
+        return result
+
+    async def learn(self, records: Sequence[tuple[str, str, Record]]) -> StoreFailed | None:
+        """Keeps what is not known better: bucket, key and record of each."""
+
+        def learn(store: Storing) -> None:
+            for bucket, key, record in records:
+                store.put_record(bucket, key, record)
+
+        result: StoreFailed | None = await self._ask("learn", learn)
         return result
 
     async def check(self, content: bytes, number: int) -> bool:

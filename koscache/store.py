@@ -302,10 +302,10 @@ class Store:
         """See koscache.inventory."""
         return self._inventory.segments()
 
-    def of_segment(self, segment: int, start: int) -> SegmentPage:
+    def of_segment(self, segment: int, start: int, hot: bool) -> SegmentPage:
         """See koscache.inventory."""
         with self._index():
-            return self._inventory.of_segment(segment, start)
+            return self._inventory.of_segment(segment, start, hot)
 
     def of_objects(self, start: Place, hot: bool) -> ObjectsPage:
         """See koscache.inventory."""

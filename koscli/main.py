@@ -26,6 +26,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "check-config": ("koscli.check_config", "check a configuration file; exit 0 if it is good, 2 if not"),
     "explain": ("koscli.explain", "what a node knows of an object, and what the next GET would do"),
     "status": ("koscli.status", "the parts of a node, and whether it is ready"),
+    "cluster": ("koscli.cluster", "the nodes of a cluster: status, locate an object, drain and rejoin a node"),
     "version": ("koscli.version", "print the version"),
 }
 

@@ -24,7 +24,8 @@ def text(answer: Mapping[str, Any]) -> str:
     """The answer for people."""
     ready = "ready" if answer["ready"] else f"not ready ({answer['state']})"
     lines = [f"{answer['role']} of region {answer['region']}, kos {answer['version']}: {ready}"]
-    lines += [f"  {name:10}{url}" for name, url in answer["urls"].items()]
+    addresses = {**answer["listen"], **answer["urls"]}
+    lines += [f"  {name:10}{address}" for name, address in addresses.items()]
     for part in answer["parts"]:
         pid = f"pid {part['pid']}" if part["pid"] else "not running"
         reason = f": {part['reason']}" if part["reason"] else ""

@@ -4,6 +4,7 @@
       ─▶ its owner on the ring without this node
       ─▶ take: the owner fetches it from here ......... 503: it has enough to do, ask again
       ─▶ checksum: is it in the owner's store? ........ then it counts as moved
+    and with the first block of an object, which is its home's: learn, so that the home has its record too
 
 Owns: when moving begins and ends, the order of blocks, how many are on their way, progress. Does not own: who drains (the view),
 how an owner fetches (koscache.carrier), the store.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -25,6 +26,7 @@ import msgspec
 from kos import log
 from kos.clock import Clock
 from kos.config import Config, split_address
+from kos.errors import KosError
 from kos.tasks import Tasks, TasksClosed
 from koscache.cluster.ring import Ring
 from koscache.cluster.view import NOBODY, MemberState, View
@@ -46,13 +48,19 @@ _log: Final = logging.getLogger("koscache.cluster")
 _AT_A_TIME: Final = 8
 _BATCH_BYTES: Final = 8 << 20
 _BATCH_MAX: Final = 64
-#: A batch that its owner has accepted should be there by then; so many times an owner that is away is asked.
+#: A batch that its owner has accepted should be there by then.
 _TAKE_S: Final = 10.0
+#: An owner that has no room for so long, or does not answer, is done without for as long: else all would wait for it.
+_BUSY_S: Final = 30.0
 _TRIES: Final = 3
 _PAUSE_FIRST_S: Final = 0.1
 _PAUSE_MAX_S: Final = 2.0
 #: A store that fails is asked again so often: it is being mended.
 _STORE_S: Final = 1.0
+
+
+#: member, topic, body -> body; raises KosError when it cannot be asked
+AskDaemon = Callable[[str, str, bytes], Awaitable[bytes]]
 
 
 class Rings:
@@ -106,11 +114,21 @@ class Batch(NamedTuple):
 class Draining:
     """follow() with each view of this node; the rest happens by itself. All on the daemon's loop."""
 
-    def __init__(self, settings: Config, keeper: Keeper, rings: Rings, name: str, clock: Clock, tasks: Tasks) -> None:
+    def __init__(
+        self,
+        settings: Config,
+        keeper: Keeper,
+        rings: Rings,
+        name: str,
+        ask_daemon: AskDaemon,
+        clock: Clock,
+        tasks: Tasks,
+    ) -> None:
         self._settings = settings
         self._keeper = keeper
         self._rings = rings
         self._name = name
+        self._ask_daemon = ask_daemon
         self._clock = clock
         self._tasks = tasks
         self._drain: _Drain | None = None
@@ -129,7 +147,9 @@ class Draining:
         elif self._drain is not None:
             self._drain.follow(view)
         else:
-            self._drain = _Drain(self._settings, self._keeper, self._rings, self._name, view, self._clock, self._tasks)
+            self._drain = _Drain(
+                self._settings, self._keeper, self._rings, self._name, view, self._ask_daemon, self._clock, self._tasks
+            )
             with contextlib.suppress(TasksClosed):
                 self._task = self._tasks.spawn(self._drain.run(), "drain")
 
@@ -142,17 +162,27 @@ class _Drain:
     """One time that this node drains. run() once."""
 
     def __init__(
-        self, settings: Config, keeper: Keeper, rings: Rings, name: str, view: View, clock: Clock, tasks: Tasks
+        self,
+        settings: Config,
+        keeper: Keeper,
+        rings: Rings,
+        name: str,
+        view: View,
+        ask_daemon: AskDaemon,
+        clock: Clock,
+        tasks: Tasks,
     ) -> None:
         self._settings = settings
         self._keeper = keeper
         self._rings = rings
         self._name = name
         self._view = view
+        self._ask_daemon = ask_daemon
         self._clock = clock
         self._tasks = tasks
         self._until = clock.monotonic() + settings.cluster.drain_s
         self._peers: Peers | None = None
+        self._given_up: dict[str, float] = {}
         #: blocks that were looked at; two may share a bit, then the second stays
         self._seen = Touches()
         self._seen_count = 0
@@ -166,20 +196,21 @@ class _Drain:
     async def run(self) -> None:
         progress = self.progress
         _log.info("draining", extra={"for_s": self._settings.cluster.drain_s})
-        self._peers = self._make_peers()
-        progress.ended = "failed"
+        ended = "failed"
         try:
-            moved = await self._move(self._hot()) and await self._move(self._of_objects(hot=True))
+            self._peers = self._make_peers()
+            moved = await self._move(hot=True)
             if moved:
                 progress.stage = "rest"
-                moved = await self._move(self._of_objects(hot=False))
+                moved = await self._move(hot=False)
             if moved:
                 progress.left_estimate = 0
-            progress.ended = "moved" if moved else "time"
+            ended = "moved" if moved else "time"
         finally:
-            progress.done = True
-            self._peers.close()
-            _log.info("drained", extra=msgspec.structs.asdict(progress))
+            progress.ended, progress.done = ended, True
+            if self._peers is not None:
+                self._peers.close()
+            _log.info("moving ended", extra=msgspec.structs.asdict(progress))
 
     def _make_peers(self) -> Peers:
         # Here, for few daemons ever need it, and it brings with it what workers are made of.
@@ -199,53 +230,72 @@ class _Drain:
 
     # --- what there is ----------------------------------------------------------------------------------------------------
 
-    async def _hot(self) -> AsyncIterator[list[Held]]:
-        """What was read since it was written, page by page, the newest first."""
+    async def _pages(self, hot: bool) -> AsyncGenerator[list[Held], None]:
+        """The newest first; then what segments do not name. Empty ones while the store fails."""
         segments = await self._keeper.segments()
         for segment in [] if isinstance(segments, StoreFailed) else segments:
-            start: int | None = 0
-            while start is not None:
-                page = await self._keeper.of_segment(segment, start)
-                if isinstance(page, StoreFailed):
-                    yield []
-                    await self._clock.sleep(_STORE_S)
-                    continue
-                start = page.next
-                yield page.held
+            at: int | None = 0
+            while at is not None:
+                entries = await self._keeper.of_segment(segment, at, hot=hot)
+                if isinstance(entries, StoreFailed):
+                    yield await self._nothing()
+                else:
+                    at = entries.next
+                    yield entries.held
+        place: Place | None = Place()
+        while place is not None:
+            objects = await self._keeper.of_objects(place, hot=hot)
+            if isinstance(objects, StoreFailed):
+                yield await self._nothing()
+            else:
+                place = objects.next
+                yield objects.held
 
-    async def _of_objects(self, *, hot: bool) -> AsyncIterator[list[Held]]:
-        start: Place | None = Place()
-        while start is not None:
-            page = await self._keeper.of_objects(start, hot=hot)
-            if isinstance(page, StoreFailed):
-                yield []
-                await self._clock.sleep(_STORE_S)
-                continue
-            start = page.next
-            yield page.held
+    async def _nothing(self) -> list[Held]:
+        await self._clock.sleep(_STORE_S)
+        return []
 
     # --- moving -----------------------------------------------------------------------------------------------------------
 
-    async def _move(self, pages: AsyncIterator[list[Held]]) -> bool:
+    async def _move(self, hot: bool) -> bool:
         """False: there was no time for all of it."""
         await self._estimate()
-        progress = self.progress
-        async for held in pages:
-            if self._over:
-                return False
-            fresh = [each for each in held if self._is_new(each)]
-            # Nobody is given what was found after a crash and not looked at since.
-            sound = [
-                each for each in fresh if each.verified or await self._keeper.check(each.record.content, each.number)
-            ]
-            ring = await self._rings.of(self._view)
-            batches = await asyncio.to_thread(batches_of, ring, sound)
-            progress.failed_blocks += len(fresh) - sum(len(batch.blocks) for batch in batches)
-            left = iter(batches)
-            await asyncio.gather(*(self._hand_over(left) for _ in range(_AT_A_TIME)))
-            self._seen_count += len(fresh)
-            progress.left_estimate = max(0, progress.left_estimate - len(fresh))
+        async with contextlib.aclosing(self._pages(hot)) as pages:
+            async for held in pages:
+                if self._over:
+                    return False
+                await self._move_page([each for each in held if self._is_new(each)])
         return not self._over
+
+    async def _move_page(self, held: list[Held]) -> None:
+        # Nobody is given what was found after a crash and not looked at since.
+        sound = [each for each in held if each.verified or await self._keeper.check(each.record.content, each.number)]
+        ring = await self._rings.of(self._view)
+        batches = await asyncio.to_thread(batches_of, ring, sound)
+        self.progress.failed_blocks += len(held) - sum(len(batch.blocks) for batch in batches)
+        await self._teach(batches)
+        left = iter(batches)
+        await asyncio.gather(*(self._hand_over(left) for _ in range(_AT_A_TIME)))
+        self._seen_count += len(held)
+        self.progress.left_estimate = max(0, self.progress.left_estimate - len(held))
+
+    async def _teach(self, batches: list[Batch]) -> None:
+        """The new homes of a page's objects: what is known of them. Who does not hear of it asks the origin."""
+        lessons: dict[str, list[tuple[str, str, Record]]] = {}
+        for batch in batches:
+            if 0 in batch.numbers:
+                lessons.setdefault(batch.owner, []).append((batch.bucket, batch.name, batch.record))
+        for owner, records in lessons.items():
+            body, reason = msgspec.json.encode({"records": records}), ""
+            for _ in range(_TRIES):
+                try:
+                    await self._ask_daemon(owner, "learn", body)
+                    break
+                except KosError as error:  # its line may just have been begun anew, to say that this node drains
+                    reason = str(error)
+                await self._clock.sleep(self._clock.jitter(_PAUSE_FIRST_S, 2 * _PAUSE_FIRST_S))
+            else:
+                _log.warning("records not told", extra={"to": owner, "records": len(records), "reason": reason})
 
     async def _estimate(self) -> None:
         stats = await self._keeper.stats()
@@ -276,7 +326,11 @@ class _Drain:
         owner, bucket, name, record, blocks = batch
         block_bytes = self._settings.cache.block_bytes
         take = wire.AskTake(bucket, name, record, batch.numbers, self._name, block_bytes)
-        if not await self._insist(owner, wire.TAKE, take, self._until, again=503):
+        now = self._clock.monotonic()
+        if now < self._given_up.get(owner, now):
+            return []
+        if not await self._insist(owner, wire.TAKE, take, min(self._until, now + _BUSY_S), again=503):
+            self._given_up[owner] = self._clock.monotonic() + _BUSY_S
             return []
         until = min(self._until, self._clock.monotonic() + _TAKE_S)
         taken = []

@@ -3,7 +3,7 @@
 Owns: the topics, their bodies (JSON), gathering the answers of all members. Does not own: the admin port (kos.node.admin) and the
 command line (koscli.cluster) in front of it, what draining does (draining), the decisions behind the rest.
 
-    of one node     status, blocks, drain, rejoin
+    of one node     status, blocks, drain, rejoin; learn, from a node that drains
     of the cluster  cluster: status of every member; locate: who keeps an object; drain, rejoin with {"node": NAME}
 
 Invariant: an answer comes within hub's time-out whatever the members do, and is no longer than a message may be; who does not
@@ -26,7 +26,7 @@ from kos.errors import KosError
 from koscache.cluster.draining import Draining, Rings
 from koscache.cluster.ring import Ring
 from koscache.cluster.view import MemberState
-from koscache.content import block_count, version_name
+from koscache.content import Record, block_count, version_name
 from koscache.disk import StoreFailed
 from koscache.inventory import runs_of
 from koscache.keeper import Keeper
@@ -40,6 +40,8 @@ _BLOCKS_MAX: Final = 16_384
 #: Runs of blocks in one answer, all nodes together; some 14 bytes each.
 _RUNS_MAX: Final = 65_536
 _RUNS_LEAST: Final = 16
+#: In a static cluster lines begin anew when a node drains or rejoins: who has none is asked again for so long.
+_LINE_S: Final = 1.0
 #: Of a message beside its body.
 _FRAME_BYTES: Final = 1024
 
@@ -78,6 +80,7 @@ class Operations:
             "blocks": self._blocks,
             "drain": self._drain,
             "rejoin": self._rejoin,
+            "learn": self._learn,
             "cluster": self._cluster,
             "locate": self._locate,
         }
@@ -90,7 +93,7 @@ class Operations:
     @hub.setter
     def hub(self, hub: Hub) -> None:
         self._hub = hub
-        self._draining = Draining(self._settings, self._keeper, self._rings, hub.me.name, hub.clock, hub.tasks)
+        self._draining = Draining(self._settings, self._keeper, self._rings, hub.me.name, hub.ask, hub.clock, hub.tasks)
         hub.followers.append(self._draining.follow)
 
     def counted(self, reads: int, hits: int) -> None:
@@ -162,6 +165,18 @@ class Operations:
             "runs": runs_of(numbers),
         }  # fmt: skip
 
+    async def _learn(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """{"records": [[bucket, name, record], …]}: what this node is home to from now on, as its home before knew it.
+
+        It is kept as what must be confirmed: this node's fence says nothing about how another has come by it. So the first
+        read makes a conditional request, and not one for the bytes.
+        """
+        records = msgspec.convert(asked["records"], list[tuple[str, str, Record]])
+        failure = await self._keeper.learn([(bucket, name, each.revalidated(0.0, 0)) for bucket, name, each in records])
+        if failure is not None:
+            raise failure
+        return {}
+
     async def _drain(self, asked: dict[str, Any]) -> dict[str, Any]:
         return await self._set_state(asked, MemberState.DRAINING, "drain")
 
@@ -176,10 +191,15 @@ class Operations:
             if hub.view.find(name) is None:
                 names = " ".join(each.name for each in hub.view.members)
                 raise _Said(Wrong.UNKNOWN, f"found node {name!r}, allowed: {names}")
-            answer = await self._ask(name, topic, {})
-            if "error" in answer:
-                raise _Said(Wrong(answer.get("wrong", Wrong.AWAY)), f"{name}: {answer['error']}")
-            return answer
+            until = hub.clock.monotonic() + _LINE_S
+            while True:
+                answer = await self._ask(name, topic, {})
+                if "error" not in answer:
+                    return answer
+                wrong = Wrong(answer.get("wrong", Wrong.AWAY))
+                if wrong is not Wrong.AWAY or hub.clock.monotonic() >= until:
+                    raise _Said(wrong, f"{name}: {answer['error']}")
+                await hub.clock.sleep(_LINE_S / 10)
         others = [each for each in hub.view.others(name) if each.state is MemberState.ACTIVE]
         if state is MemberState.DRAINING and not others:
             raise _Said(Wrong.REFUSED, f"no other node is active, so nobody could take over the share of {name}")
