@@ -1,7 +1,8 @@
 # Everything here makes what it needs first: a virtual environment, the packages in it, and for `bench` wrk and nginx.
 # Stamps in the environment remember what is installed, so that a second run begins at once.
 #
-#   make demo            two minutes of kos with a real client; stays up until ^C       (CHECK=1: ends, exit status tells)
+#   make demo            two minutes of kos with a real client; stays up until ^C       (CHECK=1: ends, exit status tells;
+#                                                                                        NODES=5: a cluster)
 #   make test            the tests                          (ARGS='-k name', SLOW=1: the slow ones too, JOBS=1: in one process, not two)
 #   make check           ruff, format, mypy --strict
 #   make fuzz            the parsers, guided by coverage, NAME for one                  (SECONDS=60 each)
@@ -12,6 +13,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 NAME ?= all
+NODES ?=
 ARGS ?=
 JOBS ?= 2
 SECONDS ?= 60
@@ -31,7 +33,7 @@ help:
 venv: $(STAMP)-test $(STAMP)-check $(STAMP)-bench
 
 demo: $(STAMP)-demo
-	$(BIN)/kos demo $(if $(CHECK),--check)
+	$(BIN)/kos demo $(if $(CHECK),--check) $(if $(NODES),--nodes $(NODES))
 
 # The tests of one file stay in one process, so that they share what is started for them.
 test: $(STAMP)-test
