@@ -269,6 +269,8 @@ class Peering:
 
     async def _object(self, exchange: Exchange, ask: AskObject) -> None:
         carrier = self._carrier
+        if ask.cached:
+            raise _Refused(wire.not_here("not at hand"))  # else the fast lane had answered
         want = Want(
             head_only=ask.head_only,
             range=RangeSpec(ask.first, ask.last) if ask.ranged else None,

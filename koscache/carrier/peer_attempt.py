@@ -39,10 +39,14 @@ class Asker:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """path: as the counts call it. request: all of it, as it is sent. first_bytes: as in Asking. latencies: of such."""
+    """path: as the counts call it. request: all of it, as it is sent. hedge: makes the same for a second member while the first may
+    still answer: only what it has at hand, for else both would ask the origin. probe: makes what a member that lives answers
+    at once. first_bytes: as in Asking. latencies: of such."""
 
     path: str
     request: bytes
+    hedge: Callable[[], bytes]
+    probe: Callable[[], bytes]
     first_bytes: int
     latencies: Latencies
 
@@ -51,12 +55,16 @@ class Attempt:
     """ended: called once when it is over, but not by close(); perhaps before the constructor has returned."""
 
     __slots__ = (
-        "_again", "_asker", "_asking", "_began", "_ended", "_opening", "_probe", "_question", "over", "peer", "reason",
-        "response",
+        "_again", "_asker", "_asking", "_began", "_ended", "_opening", "_probe", "_question", "_request", "over", "peer",
+        "reason", "response",
     )  # fmt: skip
 
-    def __init__(self, asker: Asker, question: Question, peer: Peer, ended: Callable[[], None]) -> None:
+    def __init__(
+        self, asker: Asker, question: Question, peer: Peer, ended: Callable[[], None], request: bytes | None = None
+    ) -> None:
+        """request: another one than the question's."""
         self._asker = asker
+        self._request = question.request if request is None else request
         self._question = question
         self._ended = ended
         self._began = asker.clock.monotonic()
@@ -128,7 +136,7 @@ class Attempt:
 
     def _ask(self, connection: PeerConnection) -> None:
         question = self._question
-        self._asking = Asking(connection, question.request, question.first_bytes, self._asker.timeout_s, self._heard)
+        self._asking = Asking(connection, self._request, question.first_bytes, self._asker.timeout_s, self._heard)
         self._asking.start()
 
     def _heard(self) -> None:

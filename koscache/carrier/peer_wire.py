@@ -69,7 +69,8 @@ class PeerBroken(Exception):
 class AskObject(msgspec.Struct, frozen=True, array_like=True):
     """As koscache.carrier.types.Want, for one name. first, last: of its range, both None for none. gone: an ETag that the
     origin has no more, so a record with it must not be the answer. whole_block: send as much of the first block as there is,
-    for the asker fills it. stale: a record that may be served only because the origin is down is better than none."""
+    for the asker fills it. stale: a record that may be served only because the origin is down is better than none. cached:
+    only what can be said without asking the origin."""
 
     bucket: str
     name: str
@@ -83,6 +84,7 @@ class AskObject(msgspec.Struct, frozen=True, array_like=True):
     gone: str = ""
     whole_block: bool = False
     stale: bool = False
+    cached: bool = False
 
 
 class Said(msgspec.Struct, frozen=True, array_like=True):

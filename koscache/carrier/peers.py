@@ -9,14 +9,21 @@ slower is let go of before its body is sent.
 
     ask: A ──▶ head ........................................ A answers
          A ──▶ (no connection, broken, 404, 5xx) B ──▶ head .. B answers
-         A ──▶ … p99 … B ──▶ head ........................... B answers, A is closed (if the budget allows)
+         A ──▶ … p99 … B, what it has at hand ──▶ head ....... B answers, A is closed (if the budget allows)
+         A ──▶ … hedge_most … A, are you there? ──▶ yes ...... A may take its time: perhaps it waits for the origin
+                                               └▶ … silence: A has failed, B is asked
+
+Who is asked while another may still answer does not ask the origin: else slow peers would double what the origin sends.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
+
+import msgspec
 
 from kos import metrics
 from kos.clock import Clock
@@ -28,8 +35,9 @@ from koscache.carrier.peer_attempt import Asker, Attempt, Question
 from koscache.carrier.peer_latency import HedgeBudget, Latencies
 from koscache.carrier.peer_pool import Peer
 from koscache.carrier.peer_response import PeerResponse
-from koscache.carrier.peer_wire import Ask, AskBlock, Failed, PeerBroken
+from koscache.carrier.peer_wire import Ask, AskAhead, AskBlock, AskObject, Failed, PeerBroken
 from koscache.cluster.view import View
+from koscache.content import Record
 
 __all__ = ["PeerResponse", "PeerUnavailable", "Peers", "failed_of"]
 
@@ -37,6 +45,10 @@ __all__ = ["PeerResponse", "PeerUnavailable", "Peers", "failed_of"]
 _SMALL_BYTES: Final = 64 * 1024
 #: Read at first where more follows: a head with a checksum, and little of the body, which is to stay in the socket.
 _HEAD_BYTES: Final = 1024
+#: After so long at least without a head a member is asked whether it lives: a busy loop is no dead one.
+_PATIENCE_LEAST_S: Final = 1.0
+#: A hint that says nothing, and is answered at once by whoever is there.
+_NOTHING: Final = AskAhead("", "", Record("", 0, "", (), (), True, b"", 0.0, 0), ())
 _NOT_HERE: Final = peer_wire.status_of(peer_wire.not_here(""))
 
 
@@ -97,27 +109,44 @@ class Peers:
         Members that back off are passed over unless all do. Another status than 200 comes back as well, if none had anything
         better: see failed_of(). Raises PeerUnavailable.
         """
-        encoded = peer_wire.encode(ask)
-        if len(encoded) > peer_wire.ASK_BYTES_MAX:
-            raise PeerUnavailable(f"a question of {len(encoded)} bytes")
+        request = self._request(path, ask)
         known = [self._peers[name] for name in members if name in self._peers]
         candidates = [peer for peer in known if peer.well] or known
         if not candidates:
             raise PeerUnavailable("no other member")
-        auth = peer_wire.sign(self._secret, self._name, path, encoded, self._clock.now())
-        request = b"GET %b HTTP/1.1\r\nHost: kos\r\nx-kos-auth: %b\r\nx-kos-ask: %b\r\n\r\n" % (
-            path.encode(), auth.encode(), encoded,
-        )  # fmt: skip
         small = not isinstance(ask, AskBlock) or ask.stop - ask.start <= _SMALL_BYTES
+        first_bytes = _SMALL_BYTES if small else _HEAD_BYTES
         question = Question(
-            peer_wire.NAMES[path], request, _SMALL_BYTES if small else _HEAD_BYTES, self._latencies[path]
+            peer_wire.NAMES[path],
+            request,
+            partial(self._at_hand, path, ask),
+            partial(self._request, peer_wire.AHEAD, _NOTHING),
+            first_bytes,
+            self._latencies[path],
         )
         self._budget.asked()
-        race = _Race(self._asker, question, candidates, self._budget if hedge and len(candidates) > 1 else None)
+        hedge = hedge and isinstance(ask, AskBlock | AskObject)
+        race = _Race(
+            self._asker, question, candidates, self._budget if hedge and len(candidates) > 1 else None,
+            max(_PATIENCE_LEAST_S, self._settings.hedge_most_s),
+        )  # fmt: skip
         try:
             return await race.run()
         finally:
             race.close()
+
+    def _request(self, path: str, ask: Ask) -> bytes:
+        encoded = peer_wire.encode(ask)
+        if len(encoded) > peer_wire.ASK_BYTES_MAX:
+            raise PeerUnavailable(f"a question of {len(encoded)} bytes")
+        auth = peer_wire.sign(self._secret, self._name, path, encoded, self._clock.now())
+        return b"GET %b HTTP/1.1\r\nHost: kos\r\nx-kos-auth: %b\r\nx-kos-ask: %b\r\n\r\n" % (
+            path.encode(), auth.encode(), encoded,
+        )  # fmt: skip
+
+    def _at_hand(self, path: str, ask: Ask) -> bytes:
+        assert isinstance(ask, AskBlock | AskObject)
+        return self._request(path, msgspec.structs.replace(ask, cached=True))
 
     def close(self) -> None:
         """Closes idle connections and gives up questions; bodies under way are their readers'."""
@@ -132,11 +161,21 @@ class Peers:
 
 
 class _Race:
-    """One question to the candidates, one after another, and once to two of them. budget: None for no hedge."""
+    """One question to the candidates, one after another, and once to two of them. budget: None for no hedge. patience_s: after
+    so long without a head the one who is asked is asked whether it lives."""
 
     def __init__(
-        self, asker: Asker, question: Question, candidates: Sequence[Peer], budget: HedgeBudget | None
+        self,
+        asker: Asker,
+        question: Question,
+        candidates: Sequence[Peer],
+        budget: HedgeBudget | None,
+        patience_s: float,
     ) -> None:
+        self._patience_s = patience_s
+        self._asked: Attempt | None = None
+        self._probe: Attempt | None = None
+        self._impatient: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._asker = asker
         self._question = question
@@ -176,6 +215,7 @@ class _Race:
         """Whoever still runs has lost, or is not wanted any more."""
         if self._timer is not None:
             self._timer.cancel()
+        self._end_probe()
         for attempt in self._running:
             attempt.close(lost=self._won)
         if self._declined is not None:
@@ -186,6 +226,8 @@ class _Race:
         response = over.response
         if response is None:
             self._reasons.append(over.reason)
+            if over.peer in self._left:
+                self._left.remove(over.peer)  # it did not even say what it has at hand
             return None
         if response.status != _NOT_HERE and response.status < 500:
             return response
@@ -199,14 +241,55 @@ class _Race:
         return None
 
     def _start(self) -> None:
-        self._running.append(Attempt(self._asker, self._question, self._left.pop(), self._wake))
+        """The next in order, for good."""
+        self._end_probe()
+        self._asked = Attempt(self._asker, self._question, self._left.pop(), self._wake)
+        self._running.append(self._asked)
+        self._impatient = self._loop.call_later(self._patience_s, self._ask_whether_it_lives)
 
     def _hedge(self) -> None:
+        """Another one, for what it has at hand; it keeps its place in the order, should the first fail."""
         assert self._budget is not None
         if self._left and self._running and self._budget.take():
             metrics.PEER_HEDGES.labels(self._question.path).inc()
-            self._start()
+            at_hand = self._question.hedge()
+            self._running.append(Attempt(self._asker, self._question, self._left[-1], self._wake, at_hand))
             self._wake()
+
+    def _ask_whether_it_lives(self) -> None:
+        asked = self._asked
+        if asked is None or asked.over:
+            return
+        self._probe = Attempt(self._asker, self._question, asked.peer, self._lives, self._question.probe())
+        self._impatient = self._loop.call_later(self._patience_s, self._is_silent)
+
+    def _lives(self) -> None:
+        """Or it cannot be asked at all, which the attempt itself will find out."""
+        probe = self._probe
+        if probe is None or not probe.over:
+            return  # over before its constructor has returned: _is_silent looks again
+        self._end_probe()
+        if probe.response is not None:
+            probe.response.discard()
+            self._impatient = self._loop.call_later(self._patience_s, self._ask_whether_it_lives)
+
+    def _is_silent(self) -> None:
+        probe, asked = self._probe, self._asked
+        if probe is None or asked is None or asked.over:
+            return
+        if probe.over:
+            self._lives()
+        else:
+            self._end_probe()
+            asked.fail("does not answer")
+
+    def _end_probe(self) -> None:
+        if self._impatient is not None:
+            self._impatient.cancel()
+            self._impatient = None
+        probe, self._probe = self._probe, None
+        if probe is not None and not probe.over:
+            probe.close(lost=False)
 
     def _wake(self) -> None:
         if self._changed is not None and not self._changed.done():

@@ -463,3 +463,54 @@ async def test_closing_gives_up_what_is_asked() -> None:
         with pytest.raises(PeerUnavailable):
             await asking
         await until(lambda: a.open == 0)
+
+
+# --- alive or not -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("koscache.carrier.peers._PATIENCE_LEAST_S", 0.05)
+
+
+async def test_a_hedge_asks_for_no_more_than_what_is_at_hand() -> None:
+    now = asyncio.Event()
+    async with (
+        FakePeer("a", says(b"from a", after=now)) as a,
+        FakePeer("b", says(wire.encode(wire.not_here("not in the store")), 404)) as b,
+        peers_of(a, b, **HEDGES_AT_ONCE) as peers,
+    ):
+        asking = asyncio.ensure_future(ask(peers, "a", "b"))
+        await until(lambda: b.questions and b.open == 1)
+        now.set()
+        assert await asking == ("a", b"from a")
+        asked = [each.headers[wire.ASK_HEADER].encode() for each in (*a.questions, *b.questions)]
+        assert [wire.decode(each, wire.AskBlock).cached for each in asked] == [False, True]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_one_that_says_nothing_at_all_is_given_up_for_the_next() -> None:
+    async with (
+        FakePeer("a", default=hangs()) as a,
+        FakePeer("b", default=says(b"from b")) as b,
+        peers_of(a, b, **NEVER_HEDGES) as peers,
+    ):
+        assert await ask(peers, "a", "b") == ("b", b"from b")
+        assert [each.path for each in a.questions] == [wire.BLOCK, wire.AHEAD]
+        assert not peers.well("a")
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_one_that_lives_may_take_its_time() -> None:
+    now = asyncio.Event()
+    async with (
+        FakePeer("a", says(b"from a", after=now), default=says(b"", 204)) as a,
+        FakePeer("b") as b,
+        peers_of(a, b, **NEVER_HEDGES) as peers,
+    ):
+        asking = asyncio.ensure_future(ask(peers, "a", "b"))
+        await until(lambda: len(a.questions) >= 3)
+        now.set()
+        assert await asking == ("a", b"from a")
+        assert not b.questions
+        assert peers.well("a")
