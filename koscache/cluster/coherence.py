@@ -269,6 +269,10 @@ class Coherence:
                 trouble[name] = "does not renew"
         return trouble
 
+    def marked(self) -> list[tuple[int, ...]]:
+        """The slots of others' writes under way, as they are marked here."""
+        return [slots for inn in self._ins.values() for slots in inn.marks.values()]
+
     def silent(self, name: str) -> bool:
         """Whether there is no line to or from the member, so that it may be expelled."""
         out, inn = self._outs.get(name), self._ins.get(name)
