@@ -187,8 +187,9 @@ class Daemon:
             await self._hub.close()
         await self._tasks.close()
         await self._keeper.close()
-        if self._fence is not None:
-            self._fence.close()
+        fence = self._fence if self._hub is None else self._hub.fence
+        if fence is not None:
+            fence.close()
 
     # --- ipc.Peer ---------------------------------------------------------------------------------------------------
 
@@ -510,9 +511,10 @@ class Daemon:
                 _log.error("corrupt blocks dropped", extra={"blocks": len(report.bad)})
 
     def _bump(self, slots: list[int]) -> None:
-        if self._fence is not None:
+        fence = self._fence if self._hub is None else self._hub.fence
+        if fence is not None:
             for slot in slots:
-                self._fence.bump(slot)
+                fence.bump(slot)
 
     async def _bump_later(self, slots: list[int]) -> None:
         """The origin may still carry out what the dead worker asked for, until its request must have ended."""

@@ -538,6 +538,11 @@ class Hub:
         return "" if self._control is None else self._control.away
 
     @property
+    def fence(self) -> Fence | None:
+        """The one that workers look at."""
+        return self._fence
+
+    @property
     def trusting(self) -> bool:
         return self._fence is not None and self._fence.trusted()
 
@@ -557,6 +562,7 @@ class Hub:
     async def _tick(self) -> None:
         while True:
             await self.clock.sleep(self._cluster.lease_s / _TICKS_A_LEASE)
+            self._follow_fence()
             now = self._now()
             if self._coherence is not None:
                 self._do(self._coherence.tick(now))
@@ -567,6 +573,28 @@ class Hub:
             metrics.CLUSTER_TROUBLED.set(len(self.in_trouble()))
             metrics.CLUSTER_TRUSTED.set(1 if self.trusting else 0)
             metrics.CLUSTER_WRITES_WAITING.set(self.writes_waiting)
+
+    def _follow_fence(self) -> None:
+        """Somebody took the fence's file away while we run: workers make a new one, which nobody is told to trust yet."""
+        old = self._fence
+        if old is None or old.current():
+            return
+        old.trust(0, 0)
+        try:
+            fence = Fence.open(self._settings.cache.dir, alone=False)
+        except OSError as error:
+            _log.error("there is no fence", extra={"reason": str(error)})
+            return
+        self._fence = fence
+        fence.stop_vouching()
+        self._new_epoch("the fence's file was taken away")
+        if self._coherence is not None:
+            for slots in self._coherence.marked():
+                fence.mark(slots)
+            fence.incarnation = old.incarnation
+            until = self._coherence.trusted_until()
+            self._do([co.Trust(until)] if until > 0 else [])
+        old.close()
 
     # --- what the next daemon must know -----------------------------------------------------------------------------------
 
