@@ -317,12 +317,13 @@ class Body:
     def _after_failure(self, growing: Growing) -> None:
         """The fill ended before this reader had its bytes. Returning looks for the block again."""
         outcome = growing.outcome
-        if outcome is BlockOutcome.CHANGED:
+        # What the origin refused another worker with is known to that one alone: look again, and hear it oneself.
+        if outcome is BlockOutcome.CHANGED or (outcome is BlockOutcome.REFUSED and growing.refusal is None):
             self._context.forget(self._opened.bucket, self._opened.key, self._record)
             raise Changed("the object changed while it was read")
-        if outcome is BlockOutcome.REFUSED and growing.refusal is not None:
+        if growing.refusal is not None:
             raise refused(growing.refusal)
-        if outcome is BlockOutcome.UNAVAILABLE or outcome is BlockOutcome.REFUSED:
+        if outcome is BlockOutcome.UNAVAILABLE:
             raise OriginUnavailable("no answer to the fill that was followed", retry_after_s=growing.retry_after_s)
         if outcome is BlockOutcome.DISK_FAILED:
             self._must_pass = PassReason.STORE_REFUSED
