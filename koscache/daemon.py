@@ -22,7 +22,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kos import metrics
 from kos.clock import Clock
@@ -31,8 +31,6 @@ from kos.errors import ConfigError, KosError
 from kos.node import ports
 from kos.tasks import Tasks, TasksClosed
 from koscache import ipc
-from koscache.cluster.hub import Hub
-from koscache.cluster.operations import Operations
 from koscache.cluster.view import View
 from koscache.content import Commit, Small
 from koscache.disk import StoreFailed
@@ -41,6 +39,10 @@ from koscache.ipc import BlockOutcome
 from koscache.keeper import DiskNearlyFull, Keeper, Storing
 from koscache.leases import Abandon, Command, ForgetRecord, Leases, Reserve, Send, StoreBlock, StoreOpen
 from koscache.store import ScrubReport, Stats
+
+if TYPE_CHECKING:
+    from koscache.cluster.hub import Hub
+    from koscache.cluster.operations import Operations
 
 _log: Final = logging.getLogger("koscache.daemon")
 
@@ -105,6 +107,10 @@ class Daemon:
         self._hub: Hub | None = None
         self._operations: Operations | None = None
         if config.cluster.enabled:
+            # Not before: a node that is alone has no need of a database's 30 MB.
+            from koscache.cluster.hub import Hub
+            from koscache.cluster.operations import Operations
+
             self._operations = Operations(config, self._keeper)
             self._hub = Hub(
                 config, clock, tasks,
