@@ -146,6 +146,7 @@ class Splicer:
     __slots__ = (
         "_closed",
         "_done",
+        "_early_left",
         "_front",
         "_has_left",
         "_heard_at",
@@ -170,7 +171,8 @@ class Splicer:
         self._socket = client
         self._pipes = pipes
         self._piece: StreamPiece | None = None
-        self._front = memoryview(b"")
+        self._front: list[memoryview] = []  # in memory: what is left of the head, and of what came with the peer's
+        self._early_left = 0
         self._to_come = 0  # bytes that the peer's socket still owes
         self._vessel: Vessel | None = None
         self._done: Done | None = None
@@ -209,7 +211,8 @@ class Splicer:
         self._has_left = False
         self.head_left = len(head)
         early = stream.early(piece.length)
-        self._front = memoryview(head + early if early else head)
+        self._front = [part for part in (memoryview(head), early) if part]
+        self._early_left = len(early)
         self._to_come = piece.length - len(early)
         self._heard_at = self.moved_at = self._loop.time()
         self._timer = self._loop.call_later(stream.timeout_s, self._look)
@@ -272,7 +275,7 @@ class Splicer:
                 count = held = self._fill(piece)
                 budget -= count
             # The head does not leave alone: as long as no byte is here it may still be told that there will be none.
-            if (held or len(self._front) > self.head_left) and not self._send_front(piece, more=held > 0):
+            if (held or self._early_left) and not self._send_front(piece, more=held > 0):
                 return self._await_client(piece)
             if held and not self._pour(piece):
                 return self._await_client(piece)
@@ -283,15 +286,20 @@ class Splicer:
 
     def _send_front(self, piece: StreamPiece, *, more: bool) -> bool:
         """Send what is in memory, all of it (True). more: something follows at once."""
-        while self._front:
+        front = self._front
+        while front:
             try:
-                taken = self._socket.send(self._front, socket.MSG_MORE if more else 0)
+                taken = self._socket.sendmsg(front, (), socket.MSG_MORE if more else 0)
             except BlockingIOError:
                 return False
-            self._front = self._front[taken:]
             of_head = min(taken, self.head_left)
             self.head_left -= of_head
+            self._early_left -= taken - of_head
             self._moved(piece, taken - of_head)
+            while taken:
+                part = front[0][taken:]
+                taken -= len(front[0]) - len(part)
+                front[:1] = [part] if part else []
         return True
 
     def _pour(self, piece: StreamPiece) -> bool:
@@ -396,7 +404,8 @@ class Splicer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._front = memoryview(b"")
+        self._front = []
+        self._early_left = 0
         done, self._done, self._leaving = self._done, None, _nothing
         assert done is not None
         done(failure)

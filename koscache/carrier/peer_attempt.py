@@ -39,9 +39,9 @@ class Asker:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """path: as the counts call it. request: all of it, as it is sent. hedge: makes the same for a second member while the first may
-    still answer: only what it has at hand, for else both would ask the origin. probe: makes what a member that lives answers
-    at once. first_bytes: as in Asking. latencies: of such."""
+    """path: as the counts call it. request: all of it, as it is sent. hedge: makes the same for a second member while the
+    first may still answer: only what it has at hand, for else both would ask the origin. probe: makes what a member that
+    lives answers at once. first_bytes: as in Asking. latencies: of such."""
 
     path: str
     request: bytes

@@ -166,7 +166,7 @@ class Asking:
         self.connection = connection
         #: the answer's head and the bytes of its body that came along, or why there is none
         self.head: Head | None = None
-        self.early = b""
+        self.early = memoryview(b"")
         self.failure = ""
 
     @property
@@ -229,9 +229,9 @@ class Asking:
         if end > HEAD_BYTES_MAX or (end < 0 and len(received) > HEAD_BYTES_MAX):
             self._fail(f"a head of more than {HEAD_BYTES_MAX} bytes")
         elif end >= 0:
-            self._answered(received[: end + 4], received[end + 4 :])
+            self._answered(received[: end + 4], memoryview(received)[end + 4 :])
 
-    def _answered(self, head_bytes: bytes, early: bytes) -> None:
+    def _answered(self, head_bytes: bytes, early: memoryview) -> None:
         try:
             head = parse_head(head_bytes)
         except PeerBroken as broken:

@@ -47,7 +47,7 @@ class PeerResponse:
         member: str,
         connection: PeerConnection,
         head: Head,
-        early: bytes,
+        early: memoryview,
         timeout_s: float,
         finished: Callable[[PeerConnection, bool], None],
         broken: Callable[[], None],
@@ -56,7 +56,7 @@ class PeerResponse:
         again; called once. broken: told of a body that was not completed by its sender."""
         self._loop = asyncio.get_running_loop()
         self._connection = connection
-        self._early = memoryview(early)
+        self._early = early
         self._left = head.length  # of the body, those of _early among them
         self._finished = finished
         self._broken_told = broken
@@ -145,8 +145,8 @@ class PeerResponse:
     def socket(self) -> socket.socket:
         return self._connection.socket
 
-    def early(self, limit: int) -> bytes:
-        data = bytes(self._early[:limit])
+    def early(self, limit: int) -> memoryview:
+        data = self._early[:limit]
         self._early = self._early[limit:]
         self._left -= len(data)
         return data
@@ -167,7 +167,7 @@ class PeerResponse:
         """The next bytes of the body: at least one, at most limit. Raises OriginBroken. Not at its end."""
         assert self._left > 0, "nothing is left of it"
         limit = min(limit, self._left)
-        data = self.early(limit)
+        data = bytes(self.early(limit))
         while not data:
             if self._unwaited >= _TURN_BYTES:
                 self._unwaited = 0

@@ -29,12 +29,14 @@ import base64
 import binascii
 import hmac
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final, TypeVar
 
 import msgspec
 
 from kos.errors import S3Error
 from kos.s3 import ranges
+from kos.s3.prepared_hmac import PreparedHmac
 from koscache.content import Record, block_length
 from koscache.ipc import OpenOutcome, Refusal
 
@@ -257,4 +259,9 @@ def signer(secret: bytes, value: str, path: str, ask: bytes, now: float) -> str:
 
 
 def _digest(secret: bytes, stamp: str, path: str, ask: bytes) -> str:
-    return hmac.digest(secret, b"\n".join((b"kos-peer-1", stamp.encode(), path.encode(), ask)), "sha256").hex()
+    return _key(secret).digest(b"\n".join((b"kos-peer-1", stamp.encode(), path.encode(), ask))).hex()
+
+
+@lru_cache(maxsize=4)
+def _key(secret: bytes) -> PreparedHmac:
+    return PreparedHmac(secret, "sha256")

@@ -42,7 +42,7 @@ from koscache.content import Record
 __all__ = ["PeerResponse", "PeerUnavailable", "Peers", "failed_of"]
 
 #: Up to here a body is worth less than the wake-ups that splicing it costs: it is read together with the head.
-_SMALL_BYTES: Final = 64 * 1024
+_SMALL_BYTES: Final = 32 * 1024
 #: Read at first where more follows: a head with a checksum, and little of the body, which is to stay in the socket.
 _HEAD_BYTES: Final = 1024
 #: After so long at least without a head a member is asked whether it lives: a busy loop is no dead one.
@@ -115,7 +115,7 @@ class Peers:
         if not candidates:
             raise PeerUnavailable("no other member")
         small = not isinstance(ask, AskBlock) or ask.stop - ask.start <= _SMALL_BYTES
-        first_bytes = _SMALL_BYTES if small else _HEAD_BYTES
+        first_bytes = _HEAD_BYTES + _SMALL_BYTES if small else _HEAD_BYTES
         question = Question(
             peer_wire.NAMES[path],
             request,

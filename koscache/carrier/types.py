@@ -107,7 +107,7 @@ class Stream(Protocol):
     def timeout_s(self) -> float:
         """For so long nothing may come."""
 
-    def early(self, limit: int) -> bytes:
+    def early(self, limit: int) -> memoryview:
         """At most limit bytes that are here already and come before those of the socket. Each is given out once."""
 
     def took(self, count: int) -> None:

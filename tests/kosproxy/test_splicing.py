@@ -271,8 +271,8 @@ class BytesOf(StreamPiece):
         self.data = data
         self.timeout_s = 1.0
 
-    def early(self, limit: int) -> bytes:
-        return self.data[:limit]
+    def early(self, limit: int) -> memoryview:
+        return memoryview(self.data)[:limit]
 
     def watch(self, readable: Any) -> None:
         pass
