@@ -3,7 +3,7 @@
 Owns: both lanes of that port, the check of signatures, what a question means to the carrier, how failures are told. Does not
 own: the protocol (koscache.carrier.peer_wire), connections and their clocks (kosproxy.server), the carrier's decisions.
 
-Fast lane: a slice that is here, of a version that is named or (an object) that may be vouched for. Everything else is slow:
+Fast lane: a slice that is here, of a version that is named or (an object) that may be vouched for; hints. All else is slow:
 the carrier opens it or fills the block from the origin, and never asks a third node.
 
 Invariant: nothing is looked up for a question that is not signed. An answer of 200 is followed by exactly the announced bytes
@@ -43,6 +43,7 @@ _QUESTION: Final = re.compile(
 )
 _BLOCK: Final = wire.BLOCK.encode()
 _OBJECT: Final = wire.OBJECT.encode()
+_AHEAD: Final = wire.AHEAD.encode()
 _PEER_OUT: Final = ("peer_out",)
 #: Up to here one copy through this process costs less than setting up a sendfile.
 _COPY_BYTES: Final = 32 * 1024
@@ -72,6 +73,7 @@ class _Answer(NamedTuple):
     pieces: Sequence[FilePiece]
     length: int
     path: str
+    status: int = 200
 
 
 def edge_of(parts: Parts) -> Edge:
@@ -116,6 +118,8 @@ class Peering:
                 answer = self._find_block(wire.decode(ask, AskBlock))
             elif path == _OBJECT:
                 answer = self._find_object(wire.decode(ask, AskObject), now)
+            elif path == _AHEAD:
+                answer = self._take_hint(wire.decode(ask, AskAhead))
             else:
                 return False
         except PeerBroken:
@@ -161,6 +165,12 @@ class Peering:
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nx-kos-said: %b\r\n%b\r\n" % (stop - start, said, more)
         return _Answer(head, pieces, stop - start, "object")
 
+    def _take_hint(self, ask: AskAhead) -> _Answer | None:
+        if ask.block_bytes not in (0, self._block_bytes):
+            return None
+        self._carrier.ahead(ask.bucket, ask.name, ask.record, ask.numbers[:_AHEAD_MAX])
+        return _Answer(b"HTTP/1.1 204 No Content\r\n\r\n", (), 0, "ahead", 204)
+
     def _copy(self, connection: Connection, answer: _Answer) -> bool:
         """Send a small body, or none, by one write; not if it would have to come from the disk."""
         body, at = self._buffer[: answer.length], 0
@@ -176,7 +186,7 @@ class Peering:
         assert connection.transport is not None
         connection.transport.write(answer.head + body)
         connection.answered_fast()
-        _count(answer.path, 200, "fast", answer.length)
+        _count(answer.path, answer.status, "fast", answer.length)
         return True
 
     def _relay(self, connection: Connection, answer: _Answer) -> None:
