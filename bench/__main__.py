@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from bench import cold_get, hot_get, memory, put, results, scaling, small_files, tls_get, uploads
+from bench import cold_get, hot_get, memory, peer_get, put, results, scaling, small_files, tls_get, uploads
 from bench.figure import Figure, Settings, say
 from bench.processes import FAVOUR
 
@@ -28,6 +28,7 @@ FIGURES: Final[dict[str, tuple[Figure, str]]] = {
     "put": (put.run, put.SUMMARY),
     "uploads": (uploads.run, uploads.SUMMARY),
     "small_files": (small_files.run, small_files.SUMMARY),
+    "peer_get": (peer_get.run, peer_get.SUMMARY),
     "memory": (memory.run, memory.SUMMARY),
     "scaling": (scaling.run, scaling.SUMMARY),
 }
