@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +35,8 @@ from koscache.store import Stats
 
 if TYPE_CHECKING:
     from koscache.cluster.hub import Hub
+
+_log: Final = logging.getLogger("koscache.cluster")
 
 #: Blocks of one object that are looked for, the first ones: 128 GiB in blocks of 8 MiB. To place them takes a second.
 _BLOCKS_MAX: Final = 16_384
@@ -64,6 +67,37 @@ class _Said(KosError):
         self.wrong = wrong
 
 
+class _About(msgspec.Struct):
+    """The cluster, or the node that is asked: nothing more to say."""
+
+
+class _OfNode(msgspec.Struct):
+    node: str = ""
+
+
+class _OfObject(msgspec.Struct):
+    bucket: str
+    key: str
+    version_id: str | None = None
+
+
+class _OfBlocks(msgspec.Struct):
+    """content: in hex, of what is looked for; "" for the record alone."""
+
+    bucket: str
+    name: str
+    content: str = ""
+
+
+class _Lesson(msgspec.Struct):
+    """bucket, name and record of each object."""
+
+    records: list[tuple[str, str, Record]]
+
+
+_Answer = dict[str, Any]
+
+
 class Operations:
     """hub is set before anything is asked."""
 
@@ -75,14 +109,14 @@ class Operations:
         self._draining: Draining | None = None
         self._reads = 0
         self._hits = 0
-        self._topics: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
-            "status": self._status,
-            "blocks": self._blocks,
-            "drain": self._drain,
-            "rejoin": self._rejoin,
-            "learn": self._learn,
-            "cluster": self._cluster,
-            "locate": self._locate,
+        self._topics: dict[str, tuple[type[msgspec.Struct], Callable[[Any], Awaitable[_Answer]]]] = {
+            "status": (_About, self._status),
+            "blocks": (_OfBlocks, self._blocks),
+            "drain": (_OfNode, self._drain),
+            "rejoin": (_OfNode, self._rejoin),
+            "learn": (_Lesson, self._learn),
+            "cluster": (_About, self._cluster),
+            "locate": (_OfObject, self._locate),
         }
 
     @property
@@ -104,29 +138,30 @@ class Operations:
     async def answer(self, topic: str, body: bytes) -> bytes:
         """JSON in, JSON out; what went wrong is {"error": …, "wrong": a Wrong} too, so that it can travel between daemons."""
         try:
-            asked = msgspec.json.decode(body or b"{}", type=dict[str, Any])
-            handle = self._topics.get(topic)
-            if handle is None:
+            if topic not in self._topics:
                 raise _Said(Wrong.QUESTION, f"found topic {topic!r}, allowed: {' '.join(self._topics)}")
-            said = msgspec.json.encode(await handle(asked))
+            kind, handle = self._topics[topic]
+            said = msgspec.json.encode(await handle(msgspec.json.decode(body or b"{}", type=kind)))
             most = self._settings.cache.ipc_message_bytes - _FRAME_BYTES
             if len(said) > most:
                 raise _Said(Wrong.FAILED, f"an answer of {len(said)} bytes; cache.ipc_message allows {most}")
             return said
         except _Said as error:
             return _error(error.wrong, str(error))
-        except KeyError as error:
-            return _error(Wrong.QUESTION, f"found no {error} in the question")
-        except (ValueError, TypeError) as error:  # msgspec's among them
+        except msgspec.MsgspecError as error:
             return _error(Wrong.QUESTION, f"not a question: {error}")
         except ControlUnavailable as error:
             return _error(Wrong.AWAY, f"the control store is away: {error}")
         except KosError as error:
             return _error(Wrong.FAILED, str(error))
+        except Exception:
+            # A bug; without an answer whoever asked would wait until he gives up.
+            _log.exception("a question of an operator failed", extra={"topic": topic})
+            return _error(Wrong.FAILED, "failed unexpectedly: the log of the daemon has more")
 
     # --- of this node -----------------------------------------------------------------------------------------------------
 
-    async def _status(self, asked: dict[str, Any]) -> dict[str, Any]:
+    async def _status(self, asked: _About) -> _Answer:
         hub = self.hub
         stats = await self._keeper.stats() if self._keeper.is_open else None
         store = stats if isinstance(stats, Stats) else None
@@ -149,10 +184,10 @@ class Operations:
             "drain": self._draining.progress(),
         }
 
-    async def _blocks(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """{"bucket", "name"} -> what the record says; with "content" (hex): which blocks of it are here."""
-        content = bytes.fromhex(asked["content"]) if asked.get("content") else None
-        found = await self._keeper.look(asked["bucket"], asked["name"], content)
+    async def _blocks(self, asked: _OfBlocks) -> _Answer:
+        """What the record says; of a content, which blocks of it are here."""
+        content = bytes.fromhex(asked.content) if asked.content else None
+        found = await self._keeper.look(asked.bucket, asked.name, content)
         if isinstance(found, StoreFailed):
             raise found
         record, numbers = found
@@ -165,28 +200,28 @@ class Operations:
             "runs": runs_of(numbers),
         }  # fmt: skip
 
-    async def _learn(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """{"records": [[bucket, name, record], …]}: what this node is home to from now on, as its home before knew it.
+    async def _learn(self, asked: _Lesson) -> _Answer:
+        """What this node is home to from now on, as its home before knew it.
 
         It is kept as what must be confirmed: this node's fence says nothing about how another has come by it. So the first
         read makes a conditional request, and not one for the bytes.
         """
-        records = msgspec.convert(asked["records"], list[tuple[str, str, Record]])
-        failure = await self._keeper.learn([(bucket, name, each.revalidated(0.0, 0)) for bucket, name, each in records])
+        records = [(bucket, name, record.revalidated(0.0, 0)) for bucket, name, record in asked.records]
+        failure = await self._keeper.learn(records)
         if failure is not None:
             raise failure
         return {}
 
-    async def _drain(self, asked: dict[str, Any]) -> dict[str, Any]:
+    async def _drain(self, asked: _OfNode) -> _Answer:
         return await self._set_state(asked, MemberState.DRAINING, "drain")
 
-    async def _rejoin(self, asked: dict[str, Any]) -> dict[str, Any]:
+    async def _rejoin(self, asked: _OfNode) -> _Answer:
         return await self._set_state(asked, MemberState.ACTIVE, "rejoin")
 
-    async def _set_state(self, asked: dict[str, Any], state: MemberState, topic: str) -> dict[str, Any]:
+    async def _set_state(self, asked: _OfNode, state: MemberState, topic: str) -> _Answer:
         """Of the node that is named; of this one if none is."""
         hub = self.hub
-        name = asked.get("node") or hub.me.name
+        name = asked.node or hub.me.name
         if name != hub.me.name:
             if hub.view.find(name) is None:
                 names = " ".join(each.name for each in hub.view.members)
@@ -208,7 +243,7 @@ class Operations:
 
     # --- of the cluster ---------------------------------------------------------------------------------------------------
 
-    async def _cluster(self, asked: dict[str, Any]) -> dict[str, Any]:
+    async def _cluster(self, asked: _About) -> _Answer:
         hub, view = self.hub, self.hub.view
         ring = await self._rings.of(view)
         answers = await self._ask_all((member.name for member in view.members), "status", {})
@@ -238,9 +273,9 @@ class Operations:
             "members": members,
         }
 
-    async def _locate(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """{"bucket", "key", "version_id"?} -> home, owners, which blocks each node should keep, and which it has."""
-        bucket, key, version_id = asked["bucket"], asked["key"], asked.get("version_id")
+    async def _locate(self, asked: _OfObject) -> _Answer:
+        """Home, owners, which blocks each node should keep, and which it has."""
+        bucket, key, version_id = asked.bucket, asked.key, asked.version_id
         name = key if version_id is None else version_name(key, version_id)
         view, block_bytes = self.hub.view, self._settings.cache.block_bytes
         ring = await self._rings.of(view)
@@ -249,7 +284,7 @@ class Operations:
         first = await self._ask_all((member.name for member in view.members), "blocks", question)
         silent = {member: said["error"] for member, said in first.items() if "error" in said}
         known = {member: said["record"] for member, said in first.items() if said.get("record")}
-        answer: dict[str, Any] = {
+        answer: _Answer = {
             "bucket": bucket, "key": key, "version_id": version_id, "owners": owners, "home": owners[0] if owners else None,
             "known_by": sorted(known), "etag": None, "size": None, "block_bytes": block_bytes, "block_count": None,
             "blocks_looked_at": 0, "nodes": [], "unreachable": silent,
@@ -284,13 +319,13 @@ class Operations:
             "etag": best["etag"], "size": best["size"], "block_count": count, "blocks_looked_at": looked_at, "nodes": nodes,
         }  # fmt: skip
 
-    async def _ask(self, name: str, topic: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, name: str, topic: str, body: _Answer) -> _Answer:
         try:
             return dict(msgspec.json.decode(await self.hub.ask(name, topic, msgspec.json.encode(body))))
         except (KosError, msgspec.MsgspecError) as error:
             return {"error": str(error)}
 
-    async def _ask_all(self, names: Iterable[str], topic: str, body: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    async def _ask_all(self, names: Iterable[str], topic: str, body: _Answer) -> dict[str, _Answer]:
         asked = list(names)
         answers = await asyncio.gather(*(self._ask(name, topic, body) for name in asked))
         return dict(zip(asked, answers, strict=True))
