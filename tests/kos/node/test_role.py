@@ -20,12 +20,15 @@ from typing import Any
 import pytest
 
 from kos import config
-from kos.node.role import Role, children_of, raise_nofile
+from kos.node.role import Role, _take_ports, children_of, raise_nofile
+from koscache.__main__ import cache
 from koscli.main import main
 from tests.conditions import until
 from tests.fakes import certificates
+from tests.fakes.ports import free_ports
 
 ROOT = Path(__file__).parents[3]
+OPTIONS = {"--s3", "--s3-tls", "--peer"}
 
 CONFIG = """\
 region: test
@@ -44,7 +47,7 @@ from kos.node.status import ChildStatus
 status = ChildStatus.from_env()
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 metrics.BYTES.labels("hit").inc(5)
-print("child", *sys.argv[1:], file=sys.stderr, flush=True)
+os.write(2, " ".join(["child", *sys.argv[1:], "\\n"]).encode())  # at once: its siblings write there too
 status.ready()
 while True: signal.pause()
 """
@@ -57,8 +60,12 @@ def explain(settings):
         if bucket == "bad": raise RuntimeError("explain failed")
         return {{"region": settings.region, "seen": [bucket, key]}}
     return answer
+def cluster(settings):
+    async def answer(topic, question):
+        return 200, {{"topic": topic, "of": settings.region, "question": question}}
+    return answer
 child = (sys.executable, "-c", {child!r})
-sys.exit(run_role({config!r}, Role("node", daemon=child, worker=child, explain=explain)))
+sys.exit(run_role({config!r}, Role("node", daemon=child, worker=child, explain=explain, cluster=cluster)))
 """
 
 
@@ -147,7 +154,7 @@ async def test_from_start_to_exit(config_path: Path) -> None:
         out, err = await asyncio.wait_for(running.process.communicate(), 30)
         assert running.process.returncode == 0, err.decode()
         assert out == b""
-        assert f"child --config {config_path} --index 1 --s3 {about['listen']['s3']}" in err.decode()
+        assert f"child --config {config_path} --index 1 --s3 {about['listen']['s3']} \n" in err.decode()
 
 
 async def test_http_and_https(config_path: Path, tmp_path: Path) -> None:
@@ -165,7 +172,7 @@ async def test_http_and_https(config_path: Path, tmp_path: Path) -> None:
         assert match[1] != match[2]
         running.process.send_signal(signal.SIGTERM)
         _, err = await asyncio.wait_for(running.process.communicate(), 30)
-    assert f"--index 1 --s3 {match[1]} --s3-tls {match[2]}\n" in err.decode()
+    assert f"--index 1 --s3 {match[1]} --s3-tls {match[2]} \n" in err.decode()
 
 
 async def test_a_certificate_that_is_not_there(config_path: Path, tmp_path: Path) -> None:
@@ -218,6 +225,60 @@ def test_roles_alone(config_path: Path) -> None:
     assert proxy[0].argv == ("w", "--config", "c", "--index", "0", "--s3-tls", "h:2")
     proxy = children_of("c", settings, Role("proxy", worker=("w",)), {"s3": "h:1"}, metrics_dir)
     assert proxy[1].argv == ("w", "--config", "c", "--index", "1", "--s3", "h:1")
+
+
+def join_cluster(config_path: Path) -> None:
+    """Makes it the configuration of a node among others."""
+    peer, line = free_ports(2)
+    text = config_path.read_text().replace(
+        'peer: "127.0.0.1:0"', f'peer: "127.0.0.1:{peer}", cluster: "127.0.0.1:{line}"'
+    )
+    config_path.write_text(
+        f"""{text}
+cluster: {{membership: static, name: n1, secret: a secret of the cluster}}
+members: [{{name: n1, peer: "127.0.0.1:{peer}", cluster: "127.0.0.1:{line}"}}]
+"""
+    )
+
+
+async def test_a_node_of_a_cluster_serves_its_peers(config_path: Path) -> None:
+    join_cluster(config_path)
+    async with node(config_path) as running:
+        match = re.fullmatch(r"kos ready s3=http://(\S+) admin=(\S+)\n", await running.line())
+        assert match is not None
+        running.admin = match[2]
+        _, about = await running.get("/v1/status")
+        assert set(about["listen"]) == {"s3", "peer", "admin", "cluster"}
+        assert set(about["urls"]) == {"s3", "admin"}, "the others are for nodes alone"
+        assert await running.get("/v1/cluster/status") == (200, {"topic": "status", "of": "test", "question": {}})
+        running.process.send_signal(signal.SIGTERM)
+        _, err = await asyncio.wait_for(running.process.communicate(), 30)
+    assert f"--index 1 --s3 {match[1]} --peer {about['listen']['peer']} \n" in err.decode()
+
+
+async def test_a_node_alone_has_no_peer_port(config_path: Path) -> None:
+    async with node(config_path) as running:
+        running.admin = (await running.line()).split("admin=")[1].strip()
+        assert set((await running.get("/v1/status"))[1]["listen"]) == {"s3", "admin"}
+        assert (await running.get("/v1/cluster/status"))[0] == 501
+
+
+def test_a_cache_alone_serves_its_peers_and_a_proxy_beside_it_does_not(config_path: Path) -> None:
+    def listened(role: Role) -> list[set[str]]:
+        settings = config.load(config_path)
+        taken = _take_ports(settings, role)
+        try:
+            specs = children_of("c", settings, role, taken.addresses(), Path("/m"))
+            return [{word for word in spec.argv if word.startswith("--")} & OPTIONS for spec in specs]
+        finally:
+            taken.close()
+
+    proxy = Role("proxy", worker=("w",), serves=("s3", "s3_tls"))
+    assert listened(cache()) == [set()], "alone there is nobody to be served"
+    assert listened(proxy) == [{"--s3"}, {"--s3"}]
+    join_cluster(config_path)
+    assert listened(cache()) == [set(), {"--peer"}, {"--peer"}]
+    assert listened(proxy) == [{"--s3"}, {"--s3"}]
 
 
 def test_the_limit_of_open_files_is_raised() -> None:
