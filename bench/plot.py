@@ -15,6 +15,7 @@ from bench import results
 _GROUPS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "hot_get": (("_cpu_us", "server CPU, µs per request"), ("_per_s", "requests per second")),
     "tls_get": (("_cpu_us", "server CPU, µs per request"), ("_per_s", "requests per second")),
+    "peer_get": (("_cpu_us", "CPU of both nodes, µs per request"), ("_per_s", "requests per second")),
     "cold_get": (("_cpu_us_per_mib", "CPU, µs per MiB"), ("_mb_s", "MB/s"), ("_first_ms", "ms to first byte")),
     "put": (("_mb_s", "MB/s"), ("_cpu_us_per_mib", "CPU of kos, µs per MiB")),
     "uploads": (

@@ -16,10 +16,12 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the figures read /proc")]
 
 
-@pytest.mark.parametrize("name", ["cold_get", "put", "uploads", "small_files", "memory", "hot_get", "tls_get", "scaling"])
+@pytest.mark.parametrize(
+    "name", ["cold_get", "put", "uploads", "small_files", "memory", "hot_get", "tls_get", "peer_get", "scaling"]
+)
 def test_quick(name: str, tmp_path: Path) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if name in ("hot_get", "tls_get") and not (shutil.which("wrk") and (nginx or name == "tls_get")):
+    if name in ("hot_get", "tls_get", "peer_get") and not (shutil.which("wrk") and (nginx or name != "hot_get")):
         pytest.skip("wrk or nginx is not installed")
     ran = subprocess.run(
         [sys.executable, "-m", "bench", name, "--json", "--quick"],
