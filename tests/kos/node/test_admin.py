@@ -17,6 +17,7 @@ from kos import config
 from kos.node import ports
 from kos.node.admin import Admin, AskCluster
 from kos.node.supervisor import Supervisor
+from tests.conditions import until
 
 CHANGE = {"x-kos-admin": "1"}
 
@@ -142,7 +143,6 @@ async def test_too_many_at_a_time(tmp_path: Path) -> None:
     cluster.hangs = True
     async with admin(tmp_path, cluster, admin_connections=1, admin_timeout_s=5.0) as session:
         asking = asyncio.create_task(ask(session, "/v1/cluster/status"))
-        while not cluster.asked:
-            await asyncio.sleep(0)
+        await until(lambda: cluster.asked)
         assert await ask(session, "/readyz") == (503, {"error": "too many admin requests"})
         asking.cancel()
