@@ -23,7 +23,7 @@ from kos.tasks import Tasks
 from koscache.carrier import FilePiece, Opened, Piece, StreamPiece
 from koscache.carrier import peer_wire as wire
 from koscache.carrier.peer_response import PeerResponse
-from koscache.carrier.peers import Peers
+from koscache.carrier.peers import Peers, PeerUnavailable
 from kosproxy import splicing
 from kosproxy.parts import Parts
 from kosproxy.pipeline import Pipeline
@@ -426,17 +426,23 @@ class FarBody:
 
     async def _walk(self, start: int, stop: int) -> AsyncIterator[Piece]:
         opened, carrier = self._opened, self._carrier
-        response = await carrier.peers.ask(["a"], wire.BLOCK, block(stop - start))
+        failure: Exception | None = None
         try:
-            piece = response.stream(stop - start)
-            yield piece
-        finally:
-            response.release()
-        start += piece.taken
+            response = await carrier.peers.ask(["a"], wire.BLOCK, block(stop - start))
+        except PeerUnavailable as nobody:
+            failure = nobody
+        else:
+            try:
+                piece = response.stream(stop - start)
+                yield piece
+            finally:
+                response.release()
+            start += piece.taken
+            failure = piece.failure
         if start < stop:
-            assert piece.failure is not None
+            assert failure is not None
             if not carrier.fallback:
-                raise S3Error("ServiceUnavailable", str(piece.failure), headers={"Retry-After": "1"})
+                raise S3Error("ServiceUnavailable", str(failure), headers={"Retry-After": "1"})
             stored = carrier.objects[opened.bucket, opened.key]
             yield FilePiece(carrier.fd, stored.offset + start, stop - start, 0)
 
@@ -574,3 +580,35 @@ async def test_a_client_that_goes_lets_go_of_the_peer(
         writer.transport.abort()
         await until(lambda: node.log.lines)
         await until(lambda: not node.carrier.peers._peers["a"]._open)
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_whatever_either_end_does(tmp_path: Path, secure: bool, threads: ThreadPoolExecutor, seed: int) -> None:
+    """A client that stays gets all bytes, and right ones, whatever the peer does; one that goes leaves nothing behind."""
+    print("seed", seed)
+    chance = random.Random(seed)
+    whims: list[Behaviour] = []
+    for _ in range(60):
+        cut = chance.randrange(len(BODY))
+        some = head(len(BODY)) + BODY[:cut]
+        whims.append(
+            chance.choice([says(BODY), says(BODY), sends(some), hangs(some), sends(b""), sends(b"no\r\n\r\n")])
+        )
+    options = {"read_timeout_s": 0.2, "connections": 8, "kernel": chance.choice([0, 64 * KIB])}
+    async with node_of(tmp_path, secure, threads, *whims, **options) as node:
+
+        async def stays() -> None:
+            assert await node.get() == (200, BODY)
+
+        async def goes() -> None:
+            reader, writer = await node.ask()
+            for _ in range(chance.randrange(20)):
+                if not await reader.read(chance.randint(1, 200_000)):
+                    break
+            writer.transport.abort()
+
+        for _ in range(8):
+            await asyncio.gather(*[stays() if chance.random() < 0.7 else goes() for _ in range(6)])
+        await until(lambda: len(node.log.lines) == 48)
+        await until(lambda: not node.edge.connections)
+        assert node.edge.pipes._left + len(node.edge.pipes._free) == splicing.PIPES_MAX
