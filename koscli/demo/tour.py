@@ -24,7 +24,7 @@ from botocore.exceptions import ClientError
 
 from koscli.demo.stage import Stage
 
-_THREADS = 8
+THREADS = 8
 _SEED = 20260101
 
 
@@ -93,7 +93,7 @@ class Tour:
             answer = self._s3.put_object(Bucket=self._stage.bucket, Key=item[0], Body=item[1])
             return bool(answer["ETag"].strip('"') == hashlib.md5(item[1], usedforsecurity=False).hexdigest())
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             right = sum(pool.map(put, self._small.items()))
         return right == len(self._small), f"{right} ETags right"
 
@@ -110,7 +110,7 @@ class Tour:
             body, phase = self._get(item[0])
             return body == item[1], phase
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             answers = list(pool.map(get, self._small.items()))
         phases = Counter(phase for _, phase in answers)
         right = all(same for same, _ in answers)
@@ -127,8 +127,8 @@ class Tour:
             digest.update(chunk)
         rate = len(self._large) / 2**20 / (time.perf_counter() - began)
         right = digest.hexdigest() == self._large_sha256
-        phase = _phase(answer)
-        return right and (phase == "hit" or not expect_hits), f"{phase}, {rate:.0f} MiB/s, sha256 {_word(right)}"
+        phase = phase_of(answer)
+        return right and (phase == "hit" or not expect_hits), f"{phase}, {rate:.0f} MiB/s, sha256 {word(right)}"
 
     def _read_ranges(self) -> tuple[bool, str]:
         size, count, right = len(self._large), 50, 0
@@ -154,7 +154,7 @@ class Tour:
         secure.put_object(Bucket=self._stage.bucket, Key=key, Body=body)
         there = secure.get_object(Bucket=self._stage.bucket, Key=key)["Body"].read() == body
         here = self._get(key)[0] == body
-        return there and here, f"bytes {_word(there)} over https, {_word(here)} over http"
+        return there and here, f"bytes {word(there)} over https, {word(here)} over http"
 
     def _origin_stopped(self) -> tuple[bool, str]:
         with self._stage.origin_stopped():
@@ -173,12 +173,14 @@ class Tour:
 
     def _get(self, key: str, **arguments: str) -> tuple[bytes, str]:
         answer = self._s3.get_object(Bucket=self._stage.bucket, Key=key, **arguments)
-        return answer["Body"].read(), _phase(answer)
+        return answer["Body"].read(), phase_of(answer)
 
 
-def _phase(answer: dict[str, Any]) -> str:
+def phase_of(answer: dict[str, Any]) -> str:
+    """hit, miss, revalidated, stale or bypass, as x-kos-cache of a boto3 answer says."""
     return str(answer["ResponseMetadata"]["HTTPHeaders"].get("x-kos-cache", "none")).partition(";")[0]
 
 
-def _word(right: bool) -> str:
+def word(right: bool) -> str:
+    """For the table."""
     return "right" if right else "WRONG"
