@@ -293,7 +293,10 @@ class Daemon:
         handles = [session.handles.pop(token, None) for token in message.tokens]
         for token in message.tokens:
             session.writes.pop(token, None)
-        if hub is None or None in handles:
+        if hub is None or None in handles or not handles:
+            for handle in handles:
+                if hub is not None and handle is not None:
+                    hub.forget(handle)
             session.connection.send(ipc.Done(message.ask, False))
             return
         left = {hub.end(handle) for handle in handles if handle is not None}

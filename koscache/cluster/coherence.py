@@ -159,14 +159,15 @@ class _Out:
 @dataclass(slots=True)
 class _In:
     """A member whose writes we hear of. met: its Hello was heard since we started. daemon: the run of its daemon that said the
-    last one. clean: it has said goodbye since. renewed_at: when the last lease was asked for that it has granted. marks: slots
-    of its writes under way."""
+    last one. clean: it has said goodbye since. renewed_at: when the last lease was asked for that it has granted. lapsed: the
+    long one had run out while it was not late, so it may have passed over us. marks: slots of its writes under way."""
 
     up: bool = False
     met: bool = False
     daemon: int | None = None
     clean: bool = False
     renewed_at: float = -math.inf
+    lapsed: bool = False
     asked_at: float = -math.inf
     serial: int = 0
     asked: dict[int, float] = field(default_factory=dict)
@@ -220,6 +221,9 @@ class Coherence:
         self._least_renewed = -math.inf
         self._parting: dict[str, float] = {}
         self._complete = False
+        self._resigned = False
+        #: acknowledgements that wait until nobody holds a lease of ours whom the asker does not know
+        self._held: list[Reply] = []
         self._member_until = -math.inf
         self._member_since = math.inf
         self._late: frozenset[str] = frozenset()
@@ -291,14 +295,17 @@ class Coherence:
             member.name for member in view.others(self._name)
             if (known := self._view.find(member.name)) is not None and known.incarnation != member.incarnation
         ]  # fmt: skip
+        commands: list[Command] = []
         for name in came_back:
+            commands += self._forget_what_it_knew(name, self._ins[name], now)
+            self._ins[name].lapsed = False
             self._ins[name].renewed_at = max(self._ins[name].renewed_at, since)
         self._view = view
         self._heard_version = max(self._heard_version, view.version)
         for name, (_, version) in list(self._announced.items()):
             if version <= view.version:
                 del self._announced[name]
-        commands = self._follow_wanted(now, since)
+        commands += self._follow_wanted(now, since)
         return commands + self._advance_all(now) + self._trust(now)
 
     def _follow_wanted(self, now: float, since: float) -> list[Command]:
@@ -308,13 +315,26 @@ class Coherence:
                 # Who joins when we know of all others has nothing under way that we have not heard of, and knows us.
                 # The daemon that ran here before may have made promises until now.
                 self._outs[name] = _Out(now, met=self._complete)
-                self._ins[name] = _In(met=self._complete, daemon=self._before.get(name), renewed_at=since)
+                inn = _In(met=self._complete, daemon=self._before.get(name), renewed_at=since)
+                # Of who was there before us we do not know what he did: until he tells us, or is gone.
+                inn.lapsed = not self._continuous(inn, now)
+                self._ins[name] = inn
         commands: list[Command] = []
         for name in [name for name in self._outs if name not in wanted]:
             self._parting[name] = self._outs.pop(name).promised_at
             self._well.discard(name)
-            commands += self._drop_marks(self._ins.pop(name))
+            inn = self._ins.pop(name)
+            commands += self._forget_what_it_knew(name, inn, now)
+            commands += self._drop_marks(inn)
         return commands
+
+    def _forget_what_it_knew(self, name: str, inn: _In, now: float) -> list[Command]:
+        """The member is out, and what it passed without us it will never tell."""
+        # Of one whose time had run out when it was put out, and that lived no longer than its lease of us, there is nothing.
+        late = name in self._late and not inn.lapsed
+        if self._static or late or self._continuous(inn, now):
+            return []
+        return [NewEpoch(f"{name} is gone, and may have passed over this node before")]
 
     def _drop_marks(self, inn: _In) -> list[Command]:
         slots = tuple({slot for marked in inn.marks.values() for slot in marked})
@@ -344,6 +364,8 @@ class Coherence:
     def _trust(self, now: float) -> list[Command]:
         """Trust holds (1) while every member has granted a lease; or (2) while own membership holds, and every member has
         granted a long lease or was late at the last heartbeat: such a one does not pass over us, see _excused."""
+        if self._resigned:
+            return []
         if not self._complete:
             if not all(self._outs[name].met and self._ins[name].met for name in self._outs) or self._view.version < 0:
                 return []
@@ -351,15 +373,24 @@ class Coherence:
         self._least_renewed = min((inn.renewed_at for inn in self._ins.values()), default=math.inf)
         until = self._least_renewed + self._lease_s
         if not self._static:
-            covered = (
-                max(inn.renewed_at + self._long_s, self._member_until if name in self._late else -math.inf)
-                for name, inn in self._ins.items()
-            )
-            until = max(until, min(self._member_until, *covered, math.inf))
+            for name, inn in self._ins.items():
+                inn.lapsed = inn.lapsed or (name not in self._late and inn.renewed_at + self._long_s <= now)
+            covered = min((self._covered(name, inn) for name, inn in self._ins.items()), default=math.inf)
+            # Who has nobody to renew him has the store alone: somebody may have joined of whom he does not know.
+            until = max(until if self._ins else -math.inf, min(self._member_until, covered))
         if until == self._trusted_until:
             return []
         self._trusted_until = until
         return [Trust(until)]
+
+    def _covered(self, name: str, inn: _In) -> float:
+        """Until when the member does not pass over us. One that is late does not, unless it could before it was."""
+        late = name in self._late and not inn.lapsed
+        return max(inn.renewed_at + self._long_s, self._member_until if late else -math.inf)
+
+    def _continuous(self, inn: _In, now: float) -> bool:
+        """Whether the member cannot have passed over us so far: a lease of it has held all the time, or our trust of before."""
+        return (not inn.lapsed and inn.renewed_at + self._long_s > now) or self._trusted_before > now
 
     def _excused(self, name: str, out: _Out, now: float) -> bool:
         """Whether the member cannot trust, so that nobody need wait for it.
@@ -501,7 +532,8 @@ class Coherence:
     def acknowledged(self, name: str, message: wire.Ack, now: float) -> list[Command]:
         out = self._outs[name]
         commands = self._ask_view(name, message.version, now)
-        out.unheard.pop(message.number, None)
+        if message.ended:
+            out.unheard.pop(message.number, None)
         write = self._writes.get(message.number)
         if write is None:
             return commands
@@ -535,9 +567,7 @@ class Coherence:
             self._announced[name] = (hello.member, hello.version)
         commands = self._follow_wanted(now, since)
         inn = self._ins[name]
-        # While a lease of it holds, or our trust of before, nobody has passed over us.
-        continuous = inn.renewed_at + self._long_s > now or self._trusted_before > now
-        if hello.daemon != inn.daemon and not inn.clean and not continuous:
+        if hello.daemon != inn.daemon and not inn.clean and not self._continuous(inn, now):
             commands.append(NewEpoch(f"{name} was started anew, and may have passed over this node before"))
         elif hello.skipped is None:
             commands.append(NewEpoch(f"{name} has passed over this node more often than it can tell"))
@@ -565,16 +595,25 @@ class Coherence:
         if message.number in inn.marks:
             raise ProtocolBroken(f"write {message.number} begins twice")
         inn.marks[message.number] = message.slots
-        return [Mark(message.slots), Pass(message.slots), self._ack(name, message.number, ended=False)]
+        return [Mark(message.slots), Pass(message.slots), *self._ack(name, message.number, ended=False)]
 
     def ended(self, name: str, message: wire.End) -> list[Command]:
         slots = self._ins[name].marks.pop(message.number, None)
         if slots is None:
             raise ProtocolBroken(f"write {message.number} ends and has not begun")
-        return [Pass(slots), Unmark(slots), self._ack(name, message.number, ended=True)]
+        return [Pass(slots), Unmark(slots), *self._ack(name, message.number, ended=True)]
 
-    def _ack(self, name: str, number: int, *, ended: bool) -> Reply:
-        return Reply(name, wire.Ack(number, ended, self._view.version))
+    def _ack(self, name: str, number: int, *, ended: bool) -> list[Command]:
+        """Held back while somebody trusts by a lease of ours who is in no view any more: the writer need not know of him, and
+        he not of the writer."""
+        self._held.append(Reply(name, wire.Ack(number, ended, self._view.version)))
+        return self._let_go()
+
+    def _let_go(self) -> list[Command]:
+        if not self._held or self._parting:
+            return []
+        held, self._held = self._held, []
+        return list(held)
 
     def renewed(self, name: str, message: wire.Renewed, now: float) -> list[Command]:
         """The lease counts from when it was asked for."""
@@ -585,6 +624,7 @@ class Coherence:
         asked_at = inn.asked.get(message.serial, -math.inf)
         inn.asked = {serial: at for serial, at in inn.asked.items() if serial > message.serial}
         before, inn.renewed_at = inn.renewed_at, max(inn.renewed_at, asked_at)
+        inn.lapsed = inn.lapsed and asked_at + self._long_s <= now
         commands: list[Command] = [Reply(name, wire.AskView())] if self._heard(message.version) else []
         if self._complete and before > self._least_renewed:
             return commands  # another member's lease is the one that ends first
@@ -604,7 +644,7 @@ class Coherence:
 
     def resign(self) -> tuple[dict[str, int], list[Command]]:
         """This daemon stops: from now on nobody need wait for it. Returns what the next one wants to know as `before`."""
-        self._complete = False
+        self._resigned = True
         self._trusted_until = 0.0
         heard = {name: inn.daemon for name, inn in self._ins.items() if inn.daemon is not None}
         told: list[Command] = [Reply(name, wire.Resigned()) for name, inn in self._ins.items() if inn.up]
@@ -624,6 +664,8 @@ class Coherence:
     def tick(self, now: float) -> list[Command]:
         """Several times a lease."""
         commands: list[Command] = []
+        self._parted(now)
+        commands += self._let_go()
         for name, inn in self._ins.items():
             commands += self._renew(name, inn, now)
         for number, write in list(self._writes.items()):

@@ -245,7 +245,10 @@ class Hub:
     def expelled(self) -> None:
         """What this node knows may be wrong from now on."""
         self._distrust()
+        if self._fence is not None:
+            self._fence.stop_vouching()  # and nothing is marked: who writes says so again when we are back
         self._coherence = None
+        self._view = NOBODY
         self._lines.follow({})
         for name in list(self._lines.ins):
             self._lines.cut(name, "expelled")
