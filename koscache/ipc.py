@@ -116,7 +116,9 @@ class OpenDone(Message, frozen=True, tag=3):
 class AskBlock(Message, frozen=True, tag=4):
     """Who fills this block? touch: a small random read, which does not fill a cold block at first.
 
-    ahead: nobody waits for it yet. record: goes onto the disk with the block, so that recovery finds it.
+    ahead: nobody waits for it yet. record: goes onto the disk with the block, so that recovery finds it. to_origin: who leads
+    it asks the origin, and not another node. serves: it is asked on behalf of another node, so it must not wait for somebody
+    who may wait for that one.
     """
 
     ask: int
@@ -128,6 +130,8 @@ class AskBlock(Message, frozen=True, tag=4):
     touch: bool = False
     ahead: bool = False
     record: Record | None = None
+    to_origin: bool = True
+    serves: bool = False
 
 
 class Progress(Message, frozen=True, tag=5):
@@ -260,12 +264,13 @@ class BlockLead(Message, frozen=True, tag=36):
 
 
 class BlockFollow(Message, frozen=True, tag=37):
-    """Another worker fills it; Progress and BlockEnded follow."""
+    """Another worker fills it; Progress and BlockEnded follow. to_origin: as it said when it asked."""
 
     ask: int
     lease: int
     extent: Extent | None
     watermark: int
+    to_origin: bool = True
 
 
 class BlockHere(Message, frozen=True, tag=38):

@@ -135,6 +135,7 @@ class _Block:
     active_at: float
     inline: bool
     record: Record | None
+    to_origin: bool
     state: _State = _State.RESERVING
     extent: Extent | None = None
     watermark: int = 0
@@ -263,7 +264,10 @@ class Leases:
         key = (message.content, message.number)
         number = self._block_of.get(key)
         if number is not None:
-            return self._join(number, self._blocks[number], worker, message.ask)
+            block = self._blocks[number]
+            if message.serves and not block.to_origin:
+                return [Send(worker, ipc.BlockPass(message.ask, PassReason.BUSY))]
+            return self._join(number, block, worker, message.ask)
         if message.touch and self._touch(key):
             return [Send(worker, ipc.BlockPass(message.ask, PassReason.FIRST_TOUCH))]
         # What is looked ahead to may take half: a reader that waits for its block must not find all room taken by blocks
@@ -274,8 +278,9 @@ class Leases:
         inline = message.length <= self._small_bytes
         number = self._number()
         self._blocks[number] = _Block(
-            key, message.bucket, message.key, message.length, worker, message.ask, now, inline, message.record
-        )
+            key, message.bucket, message.key, message.length, worker, message.ask, now, inline, message.record,
+            message.to_origin,
+        )  # fmt: skip
         self._block_of[key] = number
         self.granted_bytes += message.length
         return [Reserve(number, message.content, message.number, message.length, inline)]
@@ -290,7 +295,7 @@ class Leases:
         if not block.followers and block.leader is not None and block.state is _State.FILLING:
             commands.append(Send(block.leader, ipc.Followed(number)))
         block.followers.add(worker)
-        commands.append(Send(worker, ipc.BlockFollow(ask, number, block.extent, block.watermark)))
+        commands.append(Send(worker, ipc.BlockFollow(ask, number, block.extent, block.watermark, block.to_origin)))
         return commands
 
     def reserved(self, number: int, result: Extent | Here | PassReason | None, now: float) -> list[Command]:

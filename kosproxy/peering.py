@@ -281,9 +281,15 @@ class Peering:
         carrier = self._carrier
         if ask.cached:
             raise _Refused(wire.not_here("not at hand"))  # else the fast lane had answered
+        arrived = self._parts.clock.now()
+        wanted = RangeSpec(ask.first, ask.last) if ask.ranged else None
+        # Blocks behind the first have other homes: not worth asking the origin for here. And who keeps the first keeps it whole.
+        behind = ask.first is not None and ask.first >= self._block_bytes
+        if ask.whole_block and ask.first is not None and not behind:
+            wanted = None
         want = Want(
-            head_only=ask.head_only,
-            range=RangeSpec(ask.first, ask.last) if ask.ranged else None,
+            head_only=ask.head_only or behind,
+            range=wanted,
             checksum_mode=ask.checksum_mode,
             conditional=ask.conditional,
             document=ask.document,
@@ -301,7 +307,7 @@ class Peering:
             # No await between the look whether it may be kept and the head's being made.
             said = Said(
                 record,
-                max(0.0, self._parts.clock.now() - record.validated_at),
+                max(0.0, arrived - record.validated_at),
                 not stale and carrier.vouches(ask.bucket, ask.name, record),
                 start,
                 stop,

@@ -18,9 +18,10 @@ from kos.origin.response import OriginResponse
 from koscache.carrier.context import Context
 from koscache.carrier.fetch import content_range, refusal, unavailable
 from koscache.carrier.first import First, Judged, Kind, Verdict, after_416, judge_answer
+from koscache.carrier.peer_response import PeerResponse, checksum_of
 from koscache.carrier.ticket import Ticket
 from koscache.carrier.types import Phase
-from koscache.content import Record, block_length, make_record, split_name
+from koscache.content import Record, block_length, body_checksum, make_record, split_name
 from koscache.ipc import OpenOutcome, Refusal
 
 _VERSION_ID: Final = "x-amz-version-id"
@@ -179,10 +180,22 @@ async def find_block(context: Context, answer: Answer, *, border: bool) -> None:
         except OriginBroken:
             body = b""  # the record holds; whoever wants the bytes asks for them
         finally:
-            response.close()
-        if answer.phase is None:
+            response.release()
+        if isinstance(response, PeerResponse):
+            body = _compared(context, record, number, response, body)
+        else:
             metrics.BYTE_COUNTS.add(("origin",), len(body))
         if len(body) == length:
             answer.body = body
         else:
             answer.block = None
+
+
+def _compared(context: Context, record: Record, number: int, response: PeerResponse, body: bytes) -> bytes:
+    """A small block as another node sent it; nothing if it is not what that node has."""
+    expected = checksum_of(response)
+    if not body or expected is None or expected == body_checksum(body):
+        return body
+    metrics.PEER_BLOCKS_BAD.labels(response.member).inc()
+    context.upstream.bad(record, number)
+    return b""

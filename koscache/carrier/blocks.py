@@ -98,8 +98,12 @@ class Blocks:
                 future.set_result(source)
 
         content = record.content
+        to_origin = direct or self._to_origin(bucket, key, record, number, only)
         self._context.link.ask(
-            lambda ask: ipc.AskBlock(ask, bucket, key, content, number, length, touch, ahead, record), reply
+            lambda ask: ipc.AskBlock(
+                ask, bucket, key, content, number, length, touch, ahead, record, to_origin, direct
+            ),
+            reply,
         )
         return future
 
@@ -112,7 +116,9 @@ class Blocks:
                 message.lease, message.extent, at, bucket, key, record, length, on_request, ticket, direct, only
             )
         if isinstance(message, ipc.BlockFollow):
-            growing = Growing(length, message.extent, local=False, watermark=message.watermark)
+            growing = Growing(
+                length, message.extent, local=False, watermark=message.watermark, to_origin=message.to_origin
+            )
             self._growing[at] = growing
             self._followed[message.lease] = (at, growing)
             return growing
@@ -124,7 +130,9 @@ class Blocks:
         self, lease: int, extent: Extent | None, at: BlockKey, bucket: str, key: str, record: Record, length: int,
         on_request: OnRequest, ticket: Ticket | None, direct: bool, only: str | None,
     ) -> Source:  # fmt: skip
-        growing = Growing(length, extent, local=True)
+        growing = Growing(
+            length, extent, local=True, to_origin=direct or self._to_origin(bucket, key, record, at[1], only)
+        )
         response = None if ticket is None else ticket.take()
         start = at[1] * self._context.cache.block_bytes
         fill = Fill(
@@ -140,6 +148,9 @@ class Blocks:
         self._growing[at] = growing
         self._fills[lease] = fill
         return growing
+
+    def _to_origin(self, bucket: str, key: str, record: Record, number: int, only: str | None) -> bool:
+        return only is None and not self._context.upstream.remote(bucket, key, record, number)
 
     async def _run(self, fill: Fill, at: BlockKey, growing: Growing) -> None:
         lease = fill.lease

@@ -91,6 +91,7 @@ class Body:
         self._upstream = context.upstream
         # For a peer, or with nobody to ask: other nodes have no part in it.
         self._direct = direct or context.upstream.alone
+        self._serves = direct
         self._not_there = -1  # a block that no other node could give
         self.origin_requests = 0
 
@@ -101,6 +102,10 @@ class Body:
         if self._begun and not self._looking:
             # Not before: a dozen requests that start together would hold up the one that the client waits for.
             self._looking = True
+            ticket = self._opened.ticket
+            if ticket is not None and not ticket.offered:
+                # What is just passed through need not be brought as well.
+                self._ahead = max(self._ahead, -(-ticket.stop // self._block_bytes))
             self._look_ahead(self._position // self._block_bytes)
         while self._position < self._stop:
             before = self._position
@@ -177,6 +182,8 @@ class Body:
             if location is not None:
                 return location
             growing = blocks.growing(record, number)
+            if growing is not None and self._serves and not growing.to_origin:
+                return PassReason.BUSY  # it may wait for the very node that this is for
             if growing is not None:
                 return growing
             if blocks.unverified(record, number):
@@ -271,9 +278,16 @@ class Body:
     async def _from_peer(self, number: int) -> AsyncGenerator[Piece, None]:
         """What another node sends of the block. Brings nothing if none can: then this node does as if it kept it."""
         opened, end = self._opened, number * self._block_bytes + self._end_in(number)
-        response = await self._upstream.ask_owners(
-            opened.bucket, opened.key, self._record, self._position, end, fill=not self._touch
-        )
+        self._ahead = max(self._ahead, number + 1)
+        try:
+            response = await self._upstream.ask_owners(
+                opened.bucket, opened.key, self._record, self._position, end, fill=not self._touch
+            )
+        except OriginUnavailable:
+            response = None  # for that node, perhaps not for this one
+        except Changed:
+            self._context.forget(opened.bucket, opened.key, self._record)
+            raise
         if response is None:
             self._not_there = number
             return

@@ -114,7 +114,7 @@ class Carrier:
         self._link = Link(cache, clock, tasks, self)
         buffers = BufferPool(cache.fill_buffer_bytes, _buffers_max(cache.fill_buffer_bytes, config.origin.connections))
         threads = ThreadPoolExecutor(cache.write_threads, thread_name_prefix="fill")
-        self._upstream = Upstream(config, rules, peers, touches, clock, tasks)
+        self._upstream = Upstream(config, rules, peers, touches, clock, tasks, reader.locate)
         self._context = Context(
             config, reader, origin, rules, clock, tasks, self._link, buffers, threads, self._upstream
         )

@@ -19,11 +19,10 @@ from koscache import ipc
 from koscache.carrier.context import Context
 from koscache.carrier.fetch import OnRequest, fetch_block
 from koscache.carrier.follow import Growing
-from koscache.carrier.peers import PeerResponse
+from koscache.carrier.peer_response import PeerResponse, checksum_of
 from koscache.carrier.sink import FileSink
 from koscache.carrier.ticket import Response
 from koscache.carrier.types import Changed
-from koscache.carrier.upstream import checksum_of
 from koscache.content import Extent, Record, body_checksum
 from koscache.ipc import BlockOutcome, Refusal
 from koscache.leases import NO_LEASE
@@ -149,7 +148,7 @@ class Fill:
             try:
                 body = await response.read(length)
             finally:
-                response.close()
+                response.release()
             if len(body) != length:
                 raise OriginBroken(f"{len(body)} bytes instead of {length}")
             return body

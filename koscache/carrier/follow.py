@@ -16,15 +16,29 @@ from koscache.ipc import BlockOutcome, Refusal
 
 
 class Growing:
-    """One block being filled, by this worker (local) or another one.
+    """One block being filled, by this worker (local) or another one. to_origin: by asking the origin, not another node.
 
     extent: where; None for a small block, whose bytes are in `body` once they are all here. refusal, retry_after_s: what
     the origin said, when outcome is REFUSED or UNAVAILABLE and this worker asked it.
     """
 
-    __slots__ = ("_waiting", "body", "extent", "length", "local", "outcome", "refusal", "retry_after_s", "watermark")
+    __slots__ = (
+        "_waiting",
+        "body",
+        "extent",
+        "length",
+        "local",
+        "outcome",
+        "refusal",
+        "retry_after_s",
+        "to_origin",
+        "watermark",
+    )
 
-    def __init__(self, length: int, extent: Extent | None, *, local: bool, watermark: int = 0) -> None:
+    def __init__(
+        self, length: int, extent: Extent | None, *, local: bool, watermark: int = 0, to_origin: bool = True
+    ) -> None:
+        self.to_origin = to_origin
         self.length = length
         self.extent = extent
         self.local = local

@@ -26,7 +26,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kos.config import Rule
+from kos.config import ALWAYS, Rule
 from kos.errors import S3Error
 from kos.s3 import ranges
 from kos.tasks import TasksClosed
@@ -61,7 +61,7 @@ _WHY = {
 @dataclass(slots=True, eq=False)
 class _Flight:
     """One question and all who wait for it. gone: it is in the table no more. insist: as in ipc.AskOpen. direct: it is put to
-    the origin, not to the key's home."""
+    the origin, not to the key's home. began_at: epoch seconds."""
 
     bucket: str
     key: str
@@ -70,6 +70,7 @@ class _Flight:
     want: Want
     why: Reason
     direct: bool
+    began_at: float
     landed: asyncio.Future[Answer]
     gone: asyncio.Future[None]
     alone: bool = False
@@ -213,7 +214,8 @@ class Opener:
         self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason, direct: bool
     ) -> _Flight:
         loop = asyncio.get_running_loop()
-        return _Flight(bucket, key, fence, known, want, why, direct, loop.create_future(), loop.create_future())
+        now = self._context.clock.now()
+        return _Flight(bucket, key, fence, known, want, why, direct, now, loop.create_future(), loop.create_future())
 
     # --- what it means to one reader --------------------------------------------------------------------------------
 
@@ -239,6 +241,9 @@ class Opener:
                 return await self._not_stored(flight, answer, record, want)
             return await self._own(flight, want, answer.reason)
         if outcome is OpenOutcome.REFUSED and answer.refusal is not None:
+            asked_for_us = answer.requests > 0 if mine else flight.began_at >= arrived
+            if rule.freshness == ALWAYS and not asked_for_us:
+                return None  # it may be from before a write that nothing but the origin tells of
             raise _relayed(answer.refusal, flight.key, want)
         if outcome is OpenOutcome.UNAVAILABLE:
             return self._stale(flight, answer, rule, want, stale)

@@ -220,6 +220,15 @@ class PeerResponse:
         return OriginBroken(f"{self.member}: {reason} (after {taken} of {self.content_length} bytes)")
 
 
+def checksum_of(response: PeerResponse) -> int | None:
+    """xxh3_64 of the whole block that the answer's bytes are of, where the peer had it whole."""
+    text = response.headers.get(CHECKSUM_HEADER, "")
+    try:
+        return int(text, 16) if text else None
+    except ValueError:
+        return None
+
+
 class _Delivery:
     """Bytes of one body on their way into one sink. resume() is the sink's."""
 

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -29,6 +29,7 @@ from kos.tasks import Tasks, TasksClosed
 from koscache.carrier import peer_wire as wire
 from koscache.carrier.ask_origin import Answer
 from koscache.carrier.fetch import refused
+from koscache.carrier.peer_response import checksum_of
 from koscache.carrier.peers import PeerResponse, Peers, PeerUnavailable, failed_of
 from koscache.carrier.ticket import Ticket
 from koscache.carrier.types import Changed, Phase, Reason, Want
@@ -61,7 +62,10 @@ class Upstream:
         touches: TouchMap | None,
         clock: Clock,
         tasks: Tasks,
+        here: Callable[[bytes, int], object],
     ) -> None:
+        """here: says whether this node's store has a block; None if not."""
+        self._here = here
         self._rules = rules
         self._peers = peers
         self._touches = touches
@@ -189,10 +193,11 @@ class Upstream:
             return None
         spec = want.range
         gone = self._gone.get((bucket, key), "")
-        body_wanted = not want.head_only
-        copy = body_wanted and self.copies_first(bucket, key)
+        # What is here already need not be sent: most likely the version is the same.
+        head_only = want.head_only or (known is not None and self._here(known.content, 0) is not None)
+        copy = not head_only and self.copies_first(bucket, key)
         ask = wire.AskObject(
-            bucket, key, want.head_only, spec is not None, None if spec is None else spec.first,
+            bucket, key, head_only, spec is not None, None if spec is None else spec.first,
             None if spec is None else spec.last, want.checksum_mode, want.conditional, not want.without_document,
             gone, copy, stale,
         )  # fmt: skip
@@ -312,15 +317,6 @@ class Upstream:
             _log.debug("hint not taken", extra={"reason": str(error)})
         finally:
             self._hints -= 1
-
-
-def checksum_of(response: PeerResponse) -> int | None:
-    """xxh3_64 of the whole block that the answer's bytes are of, where the peer had it whole."""
-    text = response.headers.get(wire.CHECKSUM_HEADER, "")
-    try:
-        return int(text, 16) if text else None
-    except ValueError:
-        return None
 
 
 def reason_of(said: str) -> Reason:
