@@ -46,7 +46,7 @@ class Question:
     path: str
     request: bytes
     hedge: Callable[[], bytes]
-    probe: Callable[[], bytes]
+    probe: Callable[[], Question]
     first_bytes: int
     latencies: Latencies
 

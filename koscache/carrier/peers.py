@@ -120,7 +120,7 @@ class Peers:
             peer_wire.NAMES[path],
             request,
             partial(self._at_hand, path, ask),
-            partial(self._request, peer_wire.AHEAD, _NOTHING),
+            self._probe,
             first_bytes,
             self._latencies[path],
         )
@@ -143,6 +143,12 @@ class Peers:
         return b"GET %b HTTP/1.1\r\nHost: kos\r\nx-kos-auth: %b\r\nx-kos-ask: %b\r\n\r\n" % (
             path.encode(), auth.encode(), encoded,
         )  # fmt: skip
+
+    def _probe(self) -> Question:
+        request, latencies = self._request(peer_wire.AHEAD, _NOTHING), self._latencies[peer_wire.AHEAD]
+        return Question(
+            peer_wire.NAMES[peer_wire.AHEAD], request, lambda: request, self._probe, _SMALL_BYTES, latencies
+        )
 
     def _at_hand(self, path: str, ask: Ask) -> bytes:
         assert isinstance(ask, AskBlock | AskObject)
@@ -260,7 +266,7 @@ class _Race:
         asked = self._asked
         if asked is None or asked.over:
             return
-        self._probe = Attempt(self._asker, self._question, asked.peer, self._lives, self._question.probe())
+        self._probe = Attempt(self._asker, self._question.probe(), asked.peer, self._lives)
         self._impatient = self._loop.call_later(self._patience_s, self._is_silent)
 
     def _lives(self) -> None:
