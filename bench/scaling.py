@@ -416,7 +416,7 @@ def _coherence(nodes: int, membership: Membership) -> tuple[Coherence, list[str]
     for other in members[1:]:
         coherence.greet(other.name)
         coherence.welcomed(other.name, 1, 0.0)
-        coherence.hello(wire.Hello(wire.PROTOCOL, other, 1, 1, 0, 0, b"", b"", (), ()), 0.0)
+        coherence.hello(wire.Hello(other, 1, 1, 0, 0, (), ()), 0.0)
     return coherence, [member.name for member in members[1:]]
 
 

@@ -405,6 +405,10 @@ class Unframer:
         self._message_bytes = message_bytes
         self._held = bytearray()
 
+    def allow(self, message_bytes: int) -> None:
+        """Messages may be so long from now on."""
+        self._message_bytes = message_bytes
+
     def feed(self, received: bytes) -> list[Any]:
         """All messages that are whole now. Raises IpcError."""
         held = self._held
@@ -494,6 +498,11 @@ class Connection(asyncio.Protocol):
             return False
         transport.write(framed)
         return True
+
+    def allow(self, message_bytes: int) -> None:
+        """Messages of the other end, and of this one, may be so long from now on."""
+        self._message_bytes = message_bytes
+        self._unframer.allow(message_bytes)
 
     def pause_reading(self) -> None:
         if self._transport is not None and self._transport.is_reading():

@@ -39,7 +39,7 @@ _RENEWALS_MAX: Final = 16
 #: Slots that are remembered for one member that could not be told; 65 536 x 60 bytes.
 SKIPPED_MAX: Final = 65_536
 #: Writes that nobody waits for any more and that not all members have heard of.
-_LEFT_MAX: Final = 65_536
+_LEFT_MAX: Final = 8192
 
 
 class Membership(enum.Enum):
@@ -135,11 +135,12 @@ class _Write:
 @dataclass(slots=True)
 class _Out:
     """A member that hears of our writes. up: its line stands (a Hello was sent). met: it has welcomed us since we started.
-    promised_at: when it asked last to be waited for. resigned: it does not trust until it hears of us again. skipped: slots
-    passed without it; None: too many. unheard: the same of writes that were told on the present line and not yet
-    acknowledged. hello_*: what the Hello of the present line said."""
+    promised_at: when it asked last to be waited for. refused_at: when it did not know us, so would not miss our lease.
+    resigned: it does not trust until it hears of us again. skipped: slots passed without it; None: too many. unheard: the
+    same of writes that were told on the present line and not yet acknowledged. hello_*: what the Hello of it said."""
 
     promised_at: float
+    refused_at: float = -math.inf
     up: bool = False
     met: bool = False
     resigned: bool = False
@@ -159,19 +160,27 @@ class _Out:
 @dataclass(slots=True)
 class _In:
     """A member whose writes we hear of. met: its Hello was heard since we started. daemon: the run of its daemon that said the
-    last one. clean: it has said goodbye since. renewed_at: when the last lease was asked for that it has granted. lapsed: the
+    last one. renewed_at: when the last lease was asked for that it has granted. lapsed: the
     long one had run out while it was not late, so it may have passed over us. marks: slots of its writes under way."""
 
     up: bool = False
     met: bool = False
     daemon: int | None = None
-    clean: bool = False
     renewed_at: float = -math.inf
     lapsed: bool = False
     asked_at: float = -math.inf
     serial: int = 0
     asked: dict[int, float] = field(default_factory=dict)
     marks: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a daemon that resigned has left for the next one. heard: the daemons of other members, whose Hellos it has heard.
+    skipped: for each member what it missed; None: too much to say."""
+
+    heard: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +196,8 @@ class Coherence:
     """One run of a daemon, for as long as it is the same incarnation of its member.
 
     name: this member's. lease_s: of what members promise each other. member_lease_s: of what the store says (CONTROL); twice
-    that is the long lease. trusted_until: as the daemon before this one left it. before: the daemons (by member) that it
-    had heard when it resigned; None: it did not. first: writes are numbered from here on.
+    that is the long lease. trusted_until: as the daemon before this one left it. before: what it left when it resigned; None: it
+    did not. first: writes are numbered from here on.
     """
 
     def __init__(
@@ -199,7 +208,7 @@ class Coherence:
         *,
         member_lease_s: float = 0.0,
         trusted_until: float = 0.0,
-        before: Mapping[str, int] | None = None,
+        before: Left | None = None,
         first: int = 0,
     ) -> None:
         self._name = name
@@ -208,7 +217,7 @@ class Coherence:
         self._member_lease_s = member_lease_s
         self._long_s = lease_s if self._static else 2 * member_lease_s
         self._trusted_before = trusted_until
-        self._before = before or {}
+        self._before = before or Left()
         self._next = first
         self._view = View(-1, ())
         self._heard_version = 0
@@ -314,8 +323,10 @@ class Coherence:
             if name not in self._outs:
                 # Who joins when we know of all others has nothing under way that we have not heard of, and knows us.
                 # The daemon that ran here before may have made promises until now.
-                self._outs[name] = _Out(now, met=self._complete)
-                inn = _In(met=self._complete, daemon=self._before.get(name), renewed_at=since)
+                out = self._outs[name] = _Out(now, met=self._complete)
+                missed = self._before.skipped.get(name, ())
+                out.skipped = None if missed is None else set(missed)
+                inn = _In(met=self._complete, daemon=self._before.heard.get(name), renewed_at=since)
                 # Of who was there before us we do not know what he did: until he tells us, or is gone.
                 inn.lapsed = not self._continuous(inn, now)
                 self._ins[name] = inn
@@ -400,7 +411,7 @@ class Coherence:
         """
         if out.resigned:
             return True
-        if not self._run_out(out.promised_at, self._long_s, now):
+        if not self._run_out(max(out.promised_at, out.refused_at), self._long_s, now):
             return False
         return self._static or (
             now < self._member_until and self._run_out(self._member_since, self._member_lease_s, now)
@@ -434,11 +445,12 @@ class Coherence:
         write.state = _State.CLOSING
         if wait_s is not None:
             write.waited, write.until = True, now + wait_s
-        elif len(self._writes) > _LEFT_MAX:
-            self._give_up_oldest()
-        return self._advance(number, write, now)
+        commands = self._advance(number, write, now)
+        while len(self._writes) > _LEFT_MAX and self._give_up_oldest():
+            pass
+        return commands
 
-    def _give_up_oldest(self) -> None:
+    def _give_up_oldest(self) -> bool:
         """Nobody was promised anything of it: who has not heard of it is told of its slots when its line begins anew."""
         for number, write in self._writes.items():
             if not write.waited and write.state is not _State.UNDER_WAY:
@@ -446,7 +458,8 @@ class Coherence:
                 for name, out in self._outs.items():
                     if name not in write.ended:
                         out.skip(write.slots)
-                return
+                return True
+        return False
 
     def _advance_all(self, now: float) -> list[Command]:
         commands: list[Command] = []
@@ -514,6 +527,12 @@ class Coherence:
                 self._writes[number].ended.add(name)
         return self._ask_view(name, version, now) + self._advance_all(now) + self._trust(now)
 
+    def refused(self, name: str, now: float) -> None:
+        """The member does not let us in, so it hears nothing of our writes, and does not know that it should."""
+        out = self._outs.get(name)
+        if out is not None:
+            out.refused_at = now
+
     def lost(self, name: str) -> None:
         """Our line to the member broke."""
         out = self._outs.get(name)
@@ -558,8 +577,7 @@ class Coherence:
         return name != self._name and (name in self._ins or not self._static)
 
     def hello(self, hello: wire.Hello, now: float, since: float = -math.inf) -> list[Command]:
-        """A member's line begins. The shell says Welcome when the commands are done, then calls listening(). since: as in
-        viewed()."""
+        """A member's line begins; when the commands are done the shell calls listening(). since: as in viewed()."""
         name = hello.member.name
         if name not in self._ins:
             if hello.version <= self._view.version:
@@ -567,7 +585,7 @@ class Coherence:
             self._announced[name] = (hello.member, hello.version)
         commands = self._follow_wanted(now, since)
         inn = self._ins[name]
-        if hello.daemon != inn.daemon and not inn.clean and not self._continuous(inn, now):
+        if hello.daemon != inn.daemon and not self._continuous(inn, now):
             commands.append(NewEpoch(f"{name} was started anew, and may have passed over this node before"))
         elif hello.skipped is None:
             commands.append(NewEpoch(f"{name} has passed over this node more often than it can tell"))
@@ -580,13 +598,16 @@ class Coherence:
             commands.append(Pass(tuple(sorted(touched))))
         commands += [Unmark(slots) for slots in before.values()]
         inn.up = inn.met = True
-        inn.daemon, inn.clean = hello.daemon, False
+        inn.daemon = hello.daemon
         inn.asked, inn.asked_at = {}, -math.inf
         self._heard(hello.version)
-        return commands + self._trust(now)
+        # What was to be acknowledged on an earlier line is in this Hello.
+        self._held = [held for held in self._held if held.member != name]
+        self._held.append(Reply(name, wire.Welcome(self._view.version)))
+        return commands + self._let_go() + self._trust(now)
 
     def listening(self, name: str, now: float) -> list[Command]:
-        """The member has been welcomed: from now on it hears what we reply."""
+        """From now on the member hears what we reply."""
         commands: list[Command] = [Reply(name, wire.AskView())] if self.outdated else []
         return commands + self._renew(name, self._ins[name], now)
 
@@ -630,29 +651,36 @@ class Coherence:
             return commands  # another member's lease is the one that ends first
         return commands + self._trust(now)
 
-    def goodbye(self, name: str) -> list[Command]:
-        """Its daemon stops with nothing under way, and has told us all."""
-        inn = self._ins[name]
-        inn.clean = not inn.marks
-        return []
-
     def resigned(self, name: str, now: float) -> list[Command]:
         """The member has ceased to trust."""
         self._outs[name].resigned = True
         self._well.discard(name)
         return self._advance_all(now)
 
-    def resign(self) -> tuple[dict[str, int], list[Command]]:
+    def resign(self) -> tuple[Left, list[Command]]:
         """This daemon stops: from now on nobody need wait for it. Returns what the next one wants to know as `before`."""
+        for out in self._outs.values():
+            for slots in out.unheard.values():
+                out.skip(slots)
+        for write in self._writes.values():
+            for name, out in self._outs.items():
+                if name not in write.ended:
+                    out.skip(write.slots)
+        skipped = {
+            name: None if out.skipped is None else tuple(sorted(out.skipped))
+            for name, out in self._outs.items()
+            if out.skipped is None or out.skipped
+        }
         self._resigned = True
         self._trusted_until = 0.0
         heard = {name: inn.daemon for name, inn in self._ins.items() if inn.daemon is not None}
         told: list[Command] = [Reply(name, wire.Resigned()) for name, inn in self._ins.items() if inn.up]
-        return heard, [Trust(0.0), *told]
+        return Left(heard, skipped), [Trust(0.0), *told]
 
     def left(self, name: str) -> None:
         """The member's line to us broke. What is marked stays so until it, or the view, says more."""
         inn = self._ins.get(name)
+        self._held = [held for held in self._held if held.member != name]
         if inn is not None:
             inn.up = False
 

@@ -52,7 +52,7 @@ _BATCH_MAX: Final = 64
 _TAKE_S: Final = 10.0
 #: An owner that has no room for so long, or does not answer, is done without for as long: else all would wait for it.
 _BUSY_S: Final = 30.0
-_TRIES: Final = 3
+_TRIES: Final = 6
 _PAUSE_FIRST_S: Final = 0.1
 _PAUSE_MAX_S: Final = 2.0
 #: A store that fails is asked again so often: it is being mended.
@@ -183,6 +183,7 @@ class _Drain:
         self._until = clock.monotonic() + settings.cluster.drain_s
         self._peers: Peers | None = None
         self._given_up: dict[str, float] = {}
+        self._deaf: set[str] = set()
         #: blocks that were looked at; two may share a bit, then the second stays
         self._seen = Touches()
         self._seen_count = 0
@@ -272,12 +273,10 @@ class _Drain:
         sound = [each for each in held if each.verified or await self._keeper.check(each.record.content, each.number)]
         ring = await self._rings.of(self._view)
         batches = await asyncio.to_thread(batches_of, ring, sound)
-        self.progress.failed_blocks += len(held) - sum(len(batch.blocks) for batch in batches)
+        self._count([], len(held) - sum(len(batch.blocks) for batch in batches))
         await self._teach(batches)
         left = iter(batches)
         await asyncio.gather(*(self._hand_over(left) for _ in range(_AT_A_TIME)))
-        self._seen_count += len(held)
-        self.progress.left_estimate = max(0, self.progress.left_estimate - len(held))
 
     async def _teach(self, batches: list[Batch]) -> None:
         """The new homes of a page's objects: what is known of them. Who does not hear of it asks the origin."""
@@ -286,16 +285,23 @@ class _Drain:
             if 0 in batch.numbers:
                 lessons.setdefault(batch.owner, []).append((batch.bucket, batch.name, batch.record))
         for owner, records in lessons.items():
-            body, reason = msgspec.json.encode({"records": records}), ""
-            for _ in range(_TRIES):
-                try:
-                    await self._ask_daemon(owner, "learn", body)
-                    break
-                except KosError as error:  # its line may just have been begun anew, to say that this node drains
-                    reason = str(error)
-                await self._clock.sleep(self._clock.jitter(_PAUSE_FIRST_S, 2 * _PAUSE_FIRST_S))
-            else:
-                _log.warning("records not told", extra={"to": owner, "records": len(records), "reason": reason})
+            await self._tell(owner, records)
+
+    async def _tell(self, owner: str, records: list[tuple[str, str, Record]]) -> None:
+        body, pause_s = msgspec.json.encode({"records": records}), _PAUSE_FIRST_S
+        # Its line may just be beginning: when this daemon has started, or said anew that it drains.
+        for left in reversed(range(_TRIES if owner not in self._deaf else 1)):
+            try:
+                await self._ask_daemon(owner, "learn", body)
+                self._deaf.discard(owner)
+                return
+            except KosError as error:
+                reason = str(error)
+            if left:
+                await self._clock.sleep(self._clock.jitter(pause_s / 2, pause_s))
+                pause_s = min(2 * pause_s, _PAUSE_MAX_S)
+        self._deaf.add(owner)
+        _log.warning("records not told", extra={"to": owner, "records": len(records), "reason": reason})
 
     async def _estimate(self) -> None:
         stats = await self._keeper.stats()
@@ -315,9 +321,16 @@ class _Drain:
             if self._over:
                 return
             taken = await self._take(batch)
-            self.progress.moved_blocks += len(taken)
-            self.progress.moved_bytes += sum(taken)
-            self.progress.failed_blocks += len(batch.blocks) - len(taken)
+            self._count(taken, len(batch.blocks) - len(taken))
+
+    def _count(self, moved: list[int], failed: int) -> None:
+        """moved: lengths of blocks."""
+        progress, count = self.progress, len(moved) + failed
+        progress.moved_blocks += len(moved)
+        progress.moved_bytes += sum(moved)
+        progress.failed_blocks += failed
+        progress.left_estimate = max(0, progress.left_estimate - count)
+        self._seen_count += count
 
     async def _take(self, batch: Batch) -> list[int]:
         """Lengths of those blocks that the owner has now."""

@@ -57,6 +57,13 @@ _DRAINING: Final = "draining"
 Answers = Callable[[str, bytes], Awaitable[bytes]]
 
 
+class _Resigned(msgspec.Struct, frozen=True):
+    """What a daemon leaves in cache.dir when it stops."""
+
+    daemon: int
+    left: co.Left
+
+
 class Away(KosError):
     """The member cannot be asked just now."""
 
@@ -105,11 +112,12 @@ class Hub:
         self._fence: Fence | None = None
         self._coherence: Coherence | None = None
         self._view = NOBODY
-        self._before: dict[str, int] | None = None
+        self._before: co.Left | None = None
         self._writes: dict[int, _Write] = {}
         self._by_number: dict[int, int] = {}
         self._handles = itertools.count(1)
-        self._numbers = 0
+        # Random, so that what is said of a write of the daemon before means nothing to this one.
+        self._numbers = secrets.randbits(40)
         self._control: ControlMembership | None = None
         self._membership: asyncio.Task[None] | None = None
         self._close_store: Callable[[], Awaitable[None]] | None = None
@@ -177,8 +185,6 @@ class Hub:
             self._do([trust])
             if self._write_resigned(before):
                 self._do(told)
-            for name in self._view.others(self._me.name):
-                self._lines.tell(name.name, wire.Goodbye())
         if self._control is not None and self._membership is not None and self.state is MemberState.DRAINING:
             # A heartbeat after it would find no row, and join again.
             self._membership.cancel()
@@ -195,10 +201,17 @@ class Hub:
         cluster = self._cluster
         self._coherence = Coherence(
             self._me.name, co.Membership(cluster.membership), cluster.lease_s,
-            member_lease_s=cluster.member_lease_s, trusted_until=self._fence.trusted_until_ns / 1e9,
+            member_lease_s=cluster.member_lease_s, trusted_until=self._trusted_before(),
             before=self._before, first=self._numbers,
         )  # fmt: skip
         self._before = None
+
+    def _trusted_before(self) -> float:
+        """As the daemon before this one left it; a node that had nobody beside it trusted for ever."""
+        assert self._fence is not None
+        cluster = self._cluster
+        lease_s = cluster.lease_s if cluster.membership == "static" else cluster.member_lease_s
+        return min(self._fence.trusted_until_ns / 1e9, self._now() + lease_s)
 
     # --- the node's standing ----------------------------------------------------------------------------------------------
 
@@ -249,6 +262,8 @@ class Hub:
             self._fence.stop_vouching()  # and nothing is marked: who writes says so again when we are back
         self._coherence = None
         self._view = NOBODY
+        # What was passed over whom is forgotten with it: for the others it is another daemon that comes back.
+        self._daemon = secrets.randbits(63)
         self._lines.follow({})
         for name in list(self._lines.ins):
             self._lines.cut(name, "expelled")
@@ -381,9 +396,6 @@ class Hub:
     def greet(self, name: str) -> Greeting:
         return self._c().greet(name)
 
-    def welcomed(self, name: str, version: int) -> None:
-        self._do(self._c().welcomed(name, version, self._now()))
-
     def lost(self, name: str, reason: str) -> None:
         if self._coherence is not None:
             self._coherence.lost(name)
@@ -398,6 +410,8 @@ class Hub:
         c, now = self._c(), self._now()
         if isinstance(message, wire.Ack):
             self._do(c.acknowledged(name, message, now))
+        elif isinstance(message, wire.Welcome):
+            self._do(c.welcomed(name, message.version, now))
         elif isinstance(message, wire.Renew):
             self._do(c.renew(name, message.serial, now))
         elif isinstance(message, wire.Resigned):
@@ -435,8 +449,6 @@ class Hub:
             self._do(c.ended(name, message))
         elif isinstance(message, wire.Renewed):
             self._do(c.renewed(name, message, self._now()))
-        elif isinstance(message, wire.Goodbye):
-            self._do(c.goodbye(name))
         elif isinstance(message, wire.Ask):
             with contextlib.suppress(TasksClosed):
                 self.tasks.spawn(self._answer(name, message), "answer")
@@ -446,6 +458,10 @@ class Hub:
             self.seen(message.view, self._looked_at)
         else:
             raise ProtocolBroken(f"{type(message).__name__} from a writer")
+
+    def refused(self, name: str, reason: str) -> None:
+        if self._coherence is not None:
+            self._coherence.refused(name, self._now())
 
     def left(self, name: str, reason: str) -> None:
         if self._coherence is not None:
@@ -605,28 +621,29 @@ class Hub:
     def _draining_path(self) -> Path:
         return Path(self._settings.cache.dir, _DRAINING)
 
-    def _write_resigned(self, before: dict[str, int]) -> bool:
+    def _write_resigned(self, left: co.Left) -> bool:
         """False: nobody may be told to pass over us, so they wait until we are back, or expelled."""
         path = Path(self._settings.cache.dir, _RESIGNED)
         try:
-            path.with_suffix(".new").write_text(json.dumps(before))
+            path.with_suffix(".new").write_bytes(msgspec.json.encode(_Resigned(self._daemon, left)))
             path.with_suffix(".new").rename(path)
         except OSError as error:
             _log.warning("not resigned", extra={"reason": str(error)})
             return False
         return True
 
-    def _read_resigned(self) -> dict[str, int] | None:
+    def _read_resigned(self) -> co.Left | None:
+        """What the daemon before left; this one goes on under its number, for nothing of what it knew is lost. The file is gone
+        then: should this daemon die, the next one is another."""
         path = Path(self._settings.cache.dir, _RESIGNED)
         try:
-            text = path.read_text()
+            text = path.read_bytes()
             os.unlink(path)
+            resigned = msgspec.json.decode(text, type=_Resigned)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            _log.warning("what the last daemon left is not readable", extra={"reason": str(error)})
-            return {}
-        try:
-            return msgspec.json.decode(text, type=dict[str, int])
-        except msgspec.MsgspecError:
-            return {}
+        except (OSError, msgspec.MsgspecError) as error:
+            _log.warning("what the last daemon left cannot be read", extra={"reason": str(error)})
+            return co.Left()
+        self._daemon = resigned.daemon
+        return resigned.left

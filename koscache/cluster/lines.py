@@ -6,9 +6,9 @@ nothing is heard. Does not own: what is said on them (hub, coherence).
 Invariant: whoever is spoken to has proven that he knows the cluster's secret. On one line everything is heard in the order
 in which it was said, or the line is lost and says so, once.
 
-    out: connect ──Challenge──▶ Hello ──Welcome──▶ stands ──┐        in: accept, Challenge ──Hello──▶ Welcome, stands ──┐
-          ▲                                                 │lost                                                       │lost
-          └───────────────── a pause, doubling ◀────────────┘                                              (forgotten) ◀┘
+    out: connect ─Challenge─▶ Knock ─Proven─▶ Hello, stands ─┐     in: accept, Challenge ─Knock─▶ Proven ─Hello─▶ stands ─┐
+          ▲                                                  │lost                                                        │lost
+          └──────────────── a pause, doubling ◀──────────────┘                                               (forgotten) ◀┘
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from koscache.ipc import Connection, Message
 
 _log: Final = logging.getLogger("koscache.cluster")
 
-#: From connecting to a Welcome: a round trip or two, and the reading of what was missed.
+#: From connecting to both proofs: two round trips.
 _HANDSHAKE_S: Final = 5.0
 _PAUSE_FIRST_S: Final = 0.05
 _PAUSE_MAX_S: Final = 1.0
@@ -49,12 +49,10 @@ class Talk(Protocol):
     def me(self) -> Member: ...
     @property
     def daemon(self) -> int: ...
-    @property
-    def version(self) -> int: ...
     def greet(self, name: str) -> Greeting: ...
-    def welcomed(self, name: str, version: int) -> None: ...
     def told(self, name: str, message: Any) -> None: ...
     def lost(self, name: str, reason: str) -> None: ...
+    def refused(self, name: str, reason: str) -> None: ...
     def known(self, name: str) -> bool: ...
     def hello(self, hello: wire.Hello) -> None: ...
     def listening(self, name: str) -> None: ...
@@ -71,14 +69,13 @@ class _Out:
         self.connection: Connection | None = None
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[str] = loop.create_future()
-        self.welcome: asyncio.Future[None] = loop.create_future()
-        self.greeted = False
-        self._nonces = b"", b""
+        self.greeted: asyncio.Future[None] = loop.create_future()
+        self._nonces: tuple[bytes, bytes] | None = None
         self.heard_at = lines.clock.monotonic()
 
     @property
     def stands(self) -> bool:
-        return self.welcome.done()
+        return self.greeted.done()
 
     def connected(self, connection: Connection) -> None:
         self.connection = connection
@@ -94,55 +91,58 @@ class _Out:
         talk, name = self._lines.talk, self.member.name
         if isinstance(message, wire.Pong):
             return
+        if isinstance(message, wire.Refused):
+            talk.refused(name, message.reason)
+            raise ProtocolBroken(f"it refuses this node: {message.reason}")
         if self.stands:
             talk.told(name, message)
-        elif isinstance(message, wire.Challenge) and not self.greeted:
-            self._greet(connection, message)
-        elif isinstance(message, wire.Welcome) and self.greeted:
-            first, second = self._nonces
-            secret = self._lines.secret
-            if message.name != name:
-                raise ProtocolBroken(f"it calls itself {message.name}")
-            if not wire.proves(message.proof, secret, "welcome", second, first, message.name, message.daemon):
-                raise ProtocolBroken("its proof is wrong: is cluster.secret the same on both?")
-            self.welcome.set_result(None)
-            talk.welcomed(name, message.version)
-        elif isinstance(message, wire.Refused):
-            raise ProtocolBroken(f"it refuses this node: {message.reason}")
+        elif isinstance(message, wire.Challenge) and self._nonces is None:
+            self._knock(connection, message)
+        elif isinstance(message, wire.Proven) and self._nonces is not None:
+            self._greet(connection, message, self._nonces)
         else:
             raise ProtocolBroken(f"{type(message).__name__} before its time")
 
-    def _greet(self, connection: Connection, challenge: wire.Challenge) -> None:
-        lines, talk = self._lines, self._lines.talk
-        nonce = os.urandom(wire.NONCE_BYTES)
-        self._nonces = challenge.nonce, nonce
-        me = talk.me
-        greeting = talk.greet(self.member.name)
-        self.greeted = True
+    def _knock(self, connection: Connection, challenge: wire.Challenge) -> None:
+        talk, to = self._lines.talk, self.member.name
+        self._nonces = nonces = challenge.nonce, os.urandom(wire.NONCE_BYTES)
+        me, daemon = talk.me.name, talk.daemon
+        proof = wire.proof(self._lines.secret, "knock", nonces, me, to, daemon)
+        connection.send(wire.Knock(wire.PROTOCOL, me, to, daemon, nonces[1], proof))
+
+    def _greet(self, connection: Connection, proven: wire.Proven, nonces: tuple[bytes, bytes]) -> None:
+        lines, talk, name = self._lines, self._lines.talk, self.member.name
+        if proven.name != name:
+            raise ProtocolBroken(f"it calls itself {proven.name}")
+        if not wire.proves(proven.proof, lines.secret, "proven", nonces, name, talk.me.name, proven.daemon):
+            raise ProtocolBroken("its proof is wrong: is cluster.secret the same on both?")
+        connection.allow(wire.MESSAGE_BYTES_MAX)
+        greeting = talk.greet(name)
+        self.greeted.set_result(None)
         connection.send(
             wire.Hello(
-                wire.PROTOCOL, me, talk.daemon, greeting.version, lines.block_bytes, SLOTS, nonce,
-                wire.proof(lines.secret, "hello", challenge.nonce, nonce, me.name, talk.daemon),
-                greeting.skipped, greeting.under_way,
+                talk.me, talk.daemon, greeting.version, lines.block_bytes, SLOTS, greeting.skipped, greeting.under_way
             )
-        )  # fmt: skip
+        )
 
     def lost(self, connection: Connection, reason: str) -> None:
         self.connection = None
-        if self.greeted:
+        if self.stands:
             self._lines.talk.lost(self.member.name, reason)
         if not self.ended.done():
             self.ended.set_result(reason)
 
 
 class _In:
-    """A line of a member's."""
+    """A line of a member's. name: of who has proven himself; said: he has said Hello."""
 
     def __init__(self, lines: Lines) -> None:
         self._lines = lines
         self.name: str | None = None
+        self.said = False
         self.connection: Connection | None = None
         self._nonce = os.urandom(wire.NONCE_BYTES)
+        self._daemon = 0
         self.since = self.heard_at = lines.clock.monotonic()
 
     def connected(self, connection: Connection) -> None:
@@ -157,34 +157,50 @@ class _In:
         try:
             if isinstance(message, wire.Ping):
                 connection.send(wire.Pong())
-            elif self.name is not None:
+            elif self.name is not None and self.said:
                 self._lines.talk.heard(self.name, message)
-            elif isinstance(message, wire.Hello):
-                self._hello(connection, message)
+            elif self.name is not None and isinstance(message, wire.Hello):
+                self._hello(message, self.name)
+            elif self.name is None and isinstance(message, wire.Knock):
+                self._knock(connection, message)
             else:
-                raise ProtocolBroken(f"{type(message).__name__} before a Hello")
+                raise ProtocolBroken(f"{type(message).__name__} before its time")
         except ProtocolBroken as broken:
             connection.send(wire.Refused(str(broken)))
             self._lines.end_later(connection, str(broken))
 
-    def _hello(self, connection: Connection, hello: wire.Hello) -> None:
-        lines, talk, name = self._lines, self._lines.talk, hello.member.name
-        if not wire.proves(hello.proof, lines.secret, "hello", self._nonce, hello.nonce, name, hello.daemon):
+    def _knock(self, connection: Connection, knock: wire.Knock) -> None:
+        lines, me = self._lines, self._lines.talk.me.name
+        nonces = self._nonce, knock.nonce
+        if knock.to != me or not wire.proves(knock.proof, lines.secret, "knock", nonces, knock.name, me, knock.daemon):
             raise ProtocolBroken("the proof is wrong: is cluster.secret the same on both?")
-        if hello.protocol != wire.PROTOCOL:
-            raise ProtocolBroken(f"protocol {hello.protocol}, here {wire.PROTOCOL}: upgrade one after the other")
+        if knock.protocol != wire.PROTOCOL:
+            raise ProtocolBroken(f"protocol {knock.protocol}, here {wire.PROTOCOL}: upgrade one after the other")
+        if not lines.talk.known(knock.name):
+            raise ProtocolBroken(f"no member is called {knock.name} here")
+        self.name, self._daemon = knock.name, knock.daemon
+        connection.allow(wire.MESSAGE_BYTES_MAX)
+        daemon = lines.talk.daemon
+        proof = wire.proof(lines.secret, "proven", nonces, me, knock.name, daemon)
+        connection.send(wire.Proven(me, daemon, proof))
+
+    def _hello(self, hello: wire.Hello, name: str) -> None:
+        lines, talk = self._lines, self._lines.talk
+        if (hello.member.name, hello.daemon) != (name, self._daemon):
+            raise ProtocolBroken("it says Hello for somebody else")
         if (hello.block_bytes, hello.slots) != (lines.block_bytes, SLOTS):
             raise ProtocolBroken(f"cache.block_size is {hello.block_bytes} there and {lines.block_bytes} here")
-        if not talk.known(name):
-            raise ProtocolBroken(f"no member is called {name} here")
         before = lines.ins.get(name)
         if before is not None and before.connection is not None:
             before.connection.abort("it has begun a new line")
-        talk.hello(hello)
-        self.name = name
+        # From here on what we reply to the member goes this way; should it not be let in, nobody is replied to.
         lines.proven(self)
-        proof = wire.proof(lines.secret, "welcome", hello.nonce, self._nonce, talk.me.name, talk.daemon)
-        connection.send(wire.Welcome(talk.me.name, talk.daemon, talk.version, proof))
+        try:
+            talk.hello(hello)
+        except BaseException:
+            del lines.ins[name]
+            raise
+        self.said = True
         talk.listening(name)
 
     def lost(self, connection: Connection, reason: str) -> None:
@@ -238,14 +254,14 @@ class Lines:
         await asyncio.gather(*(line.connection.close() for line in every if line.connection is not None))
 
     def _connection(self, peer: _In | _Out, heard: object) -> Connection:
-        return Connection(lambda: peer, heard, wire.MESSAGE_BYTES_MAX, wire.QUEUE_BYTES_MAX)
+        return Connection(lambda: peer, heard, wire.STRANGER_BYTES_MAX, wire.QUEUE_BYTES_MAX)
 
     # --- saying things --------------------------------------------------------------------------------------------------
 
     def tell(self, name: str, message: Message) -> bool:
         """On our line to the member. False: there is none."""
         out = self._outs.get(name)
-        return out is not None and out.greeted and out.connection is not None and out.connection.send(message)
+        return out is not None and out.stands and out.connection is not None and out.connection.send(message)
 
     def reply(self, name: str, message: Message) -> bool:
         """On the member's line to us."""
@@ -318,9 +334,9 @@ class Lines:
                 )
         except (OSError, TimeoutError, ValueError) as error:
             return f"{out.member.cluster}: {error or 'no answer'}"
-        await asyncio.wait((out.welcome, out.ended), timeout=_HANDSHAKE_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((out.greeted, out.ended), timeout=_HANDSHAKE_S, return_when=asyncio.FIRST_COMPLETED)
         if not out.stands and not out.ended.done():
-            return "no welcome"
+            return "no proof in time"
         if out.stands:
             _log.info("line to a member stands", extra={"member": out.member.name})
         return await asyncio.shield(out.ended)
@@ -342,7 +358,8 @@ class Lines:
         self._unproven.discard(line)
         if line.name is not None and self.ins.get(line.name) is line:
             del self.ins[line.name]
-            self.talk.left(line.name, reason)
+            if line.said:
+                self.talk.left(line.name, reason)
 
     # --- silence --------------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ _BLOCKS_MAX: Final = 16_384
 #: Runs of blocks in one answer, all nodes together; some 14 bytes each.
 _RUNS_MAX: Final = 65_536
 _RUNS_LEAST: Final = 16
+_ANSWER_S: Final = 5.0
 #: In a static cluster lines begin anew when a node drains or rejoins: who has none is asked again for so long.
 _LINE_S: Final = 1.0
 #: Of a message beside its body.
@@ -321,7 +322,11 @@ class Operations:
 
     async def _ask(self, name: str, topic: str, body: _Answer) -> _Answer:
         try:
-            return dict(msgspec.json.decode(await self.hub.ask(name, topic, msgspec.json.encode(body))))
+            # The hub's time is for others; this node's own disk may hang as well.
+            async with asyncio.timeout(_ANSWER_S):
+                return dict(msgspec.json.decode(await self.hub.ask(name, topic, msgspec.json.encode(body))))
+        except TimeoutError:
+            return {"error": f"no answer within {_ANSWER_S:g} s"}
         except (KosError, msgspec.MsgspecError) as error:
             return {"error": str(error)}
 

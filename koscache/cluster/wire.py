@@ -6,9 +6,11 @@ Owns: the messages and the proofs. Does not own: what they mean (koscache.cluste
 A line goes from the daemon that tells of its writes (W) to one that listens (A). W connects.
 
     A: Challenge(nonce a)
-    W: Hello(who, nonce w, proof over both nonces, what A must know before anything else)
-    A: Welcome(who, proof over both nonces)
-    W: Begin, End, Goodbye, Renewed, Ask, Ping  A: Ack, Renew, Resigned, Said, Pong; both: AskView, Viewed
+    W: Knock(who, to whom, nonce w, proof over both nonces)            4 KiB at most, for it is from a stranger
+    A: Proven(who, proof over both nonces)
+    W: Hello(what A must know before anything else)
+    A: Welcome, when that is done
+    W: Begin, End, Renewed, Ask, Ping           A: Ack, Renew, Resigned, Said, Pong           both: AskView, Viewed
 
 Invariant: nothing that comes before a proof that holds is acted upon. What comes after is not signed: whoever can change what
 two members say to each other in their network can do as he likes there.
@@ -24,6 +26,8 @@ from koscache.ipc import Message
 
 PROTOCOL: Final = 1
 NONCE_BYTES: Final = 16
+#: Of a Knock, and of whatever else a stranger sends.
+STRANGER_BYTES_MAX: Final = 4096
 #: A Hello may hold all slots that were passed without its reader: 65 536 of them, and those of writes under way.
 MESSAGE_BYTES_MAX: Final = 16 * 1024 * 1024
 QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
@@ -33,19 +37,36 @@ class Challenge(Message, frozen=True, tag=1):
     nonce: bytes
 
 
-class Hello(Message, frozen=True, tag=2):
-    """member: who connects. daemon: a number of this run of its daemon. version: of its view. block_bytes, slots: must be the
-    reader's own. skipped: fence slots that were passed without the reader since this daemon runs; None: too many to say.
-    under_way: writes that have begun and not ended, by number: their slots are marked from now on."""
+class Knock(Message, frozen=True, tag=18):
+    """name: who connects. to: to whom, so that nobody can pass it on. daemon: a number of this run of its daemon, or of several
+    between which everything was remembered."""
 
     protocol: int
+    name: str
+    to: str
+    daemon: int
+    nonce: bytes
+    proof: bytes
+
+
+class Proven(Message, frozen=True, tag=19):
+    """The same, of who was connected to."""
+
+    name: str
+    daemon: int
+    proof: bytes
+
+
+class Hello(Message, frozen=True, tag=2):
+    """version: of the view. block_bytes, slots: must be the reader's own. skipped: fence slots that were passed without the
+    reader since this daemon runs; None: too many to say. under_way: writes that have begun and not ended, by number: their
+    slots are marked from now on."""
+
     member: Member
     daemon: int
     version: int
     block_bytes: int
     slots: int
-    nonce: bytes
-    proof: bytes
     skipped: tuple[int, ...] | None
     under_way: tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -53,10 +74,7 @@ class Hello(Message, frozen=True, tag=2):
 class Welcome(Message, frozen=True, tag=3):
     """What Hello said has been done."""
 
-    name: str
-    daemon: int
     version: int
-    proof: bytes
 
 
 class Refused(Message, frozen=True, tag=4):
@@ -95,10 +113,6 @@ class Renewed(Message, frozen=True, tag=9):
     version: int
 
 
-class Goodbye(Message, frozen=True, tag=10):
-    """This daemon stops, and no write of its node is under way."""
-
-
 class Resigned(Message, frozen=True, tag=15):
     """This daemon stops, and its node has ceased to trust: pass over it, and tell its next Welcome what it missed."""
 
@@ -132,16 +146,19 @@ class Said(Message, frozen=True, tag=14):
     body: bytes
 
 
-ToListener = Hello | Begin | End | Renewed | Goodbye | AskView | Viewed | Ask | Ping
-ToWriter = Challenge | Welcome | Refused | Ack | Renew | Resigned | AskView | Viewed | Said | Pong
+ToListener = Knock | Hello | Begin | End | Renewed | AskView | Viewed | Ask | Ping
+ToWriter = Challenge | Proven | Welcome | Refused | Ack | Renew | Resigned | AskView | Viewed | Said | Pong
 
 
-def proof(secret: bytes, kind: str, first: bytes, second: bytes, name: str, daemon: int) -> bytes:
-    """kind: "hello" or "welcome", so that neither can be played back as the other."""
-    parts = (b"kos-line", str(PROTOCOL).encode(), kind.encode(), first.hex().encode(), second.hex().encode())
-    text = b"\n".join((*parts, name.encode(), str(daemon).encode()))
+def proof(secret: bytes, kind: str, nonces: tuple[bytes, bytes], name: str, to: str, daemon: int) -> bytes:
+    """kind: "knock" or "proven", so that neither can be played back as the other. nonces: of who was connected to, of who
+    connects. name, daemon: of whose proof it is; to: for whom."""
+    parts = (b"kos-line", str(PROTOCOL).encode(), kind.encode(), nonces[0].hex().encode(), nonces[1].hex().encode())
+    text = b"\n".join((*parts, name.encode(), to.encode(), str(daemon).encode()))
     return hmac.digest(secret, text, "sha256")
 
 
-def proves(given: bytes, secret: bytes, kind: str, first: bytes, second: bytes, name: str, daemon: int) -> bool:
-    return hmac.compare_digest(given, proof(secret, kind, first, second, name, daemon))
+def proves(
+    given: bytes, secret: bytes, kind: str, nonces: tuple[bytes, bytes], name: str, to: str, daemon: int
+) -> bool:
+    return hmac.compare_digest(given, proof(secret, kind, nonces, name, to, daemon))
