@@ -335,6 +335,7 @@ class Coherence:
             self._parting[name] = self._outs.pop(name).promised_at
             self._well.discard(name)
             inn = self._ins.pop(name)
+            self._held = [held for held in self._held if held.member != name]
             commands += self._forget_what_it_knew(name, inn, now)
             commands += self._drop_marks(inn)
         return commands
@@ -342,7 +343,7 @@ class Coherence:
     def _forget_what_it_knew(self, name: str, inn: _In, now: float) -> list[Command]:
         """The member is out, and what it passed without us it will never tell."""
         # Of one whose time had run out when it was put out, and that lived no longer than its lease of us, there is nothing.
-        late = name in self._late and not inn.lapsed
+        late = name in self._late and not inn.lapsed and now <= self._member_until
         if self._static or late or self._continuous(inn, now):
             return []
         return [NewEpoch(f"{name} is gone, and may have passed over this node before")]
@@ -357,6 +358,10 @@ class Coherence:
     def stood(self, until: float, late: Iterable[str], now: float) -> list[Command]:
         """A heartbeat succeeded (CONTROL): own membership holds until then, a little less than a lease after it was sent. late:
         members whose time had run out by then."""
+        for name, inn in self._ins.items():
+            # Late at the last heartbeat and at this one it has not lived between; if there was a last one in time.
+            was_late = name in self._late and now <= self._member_until
+            inn.lapsed = inn.lapsed or (not was_late and inn.renewed_at + self._long_s <= now)
         if now > self._member_until:
             self._member_since = now
         self._member_until = max(self._member_until, until)

@@ -142,6 +142,8 @@ class Hub:
     async def start(self, fence: Fence, listening: socket.socket) -> None:
         """Raises ConfigError."""
         self._fence = fence
+        # What the daemon before left holds no longer than a lease of it could, whatever it was a member of.
+        fence.trust(min(fence.trusted_until_ns, int(self._trusted_before() * 1e9)), 0)
         fence.stop_vouching()
         self._before = self._read_resigned()
         await self._lines.start(listening)
