@@ -118,12 +118,11 @@ class Got(NamedTuple):
 
 
 class NodeOrigin:
-    """The origin as one node reaches it. cut_off: not at all."""
+    """The origin as one worker of a node reaches it."""
 
-    def __init__(self, lane: OriginLane) -> None:
+    def __init__(self, lane: OriginLane, node: PeerNode) -> None:
         self.lane = lane
-        self.cut_off = False
-        self.asked: list[Asked] = []
+        self._node = node
 
     async def request(
         self,
@@ -134,8 +133,8 @@ class NodeOrigin:
         headers: Sequence[tuple[str, str]] = (),
         **options: Any,
     ) -> OriginResponse:
-        self.asked.append(Asked(method, key or "", {name.lower(): value for name, value in headers}))
-        if self.cut_off:
+        self._node.asked.append(Asked(method, key or "", {name.lower(): value for name, value in headers}))
+        if self._node.cut_off:
             raise OriginUnavailable("cut off", retry_after_s=1.0)
         return await self.lane.request(method, bucket, key, headers=headers, **options)
 
@@ -213,6 +212,16 @@ class Fault:
         exchange.relay = relay  # type: ignore[method-assign, assignment]
 
 
+@dataclass(slots=True)
+class Worker:
+    carrier: Carrier
+    reader: Reader
+    peers: Peers
+    touches: TouchMap
+    origin: NodeOrigin
+    tasks: Tasks
+
+
 class PeerNode:
     """One node. All of it runs on the test's loop."""
 
@@ -228,20 +237,13 @@ class PeerNode:
         self.port = int(port)
         #: connections to its peer port so far
         self.accepted = 0
+        #: requests of its workers to the origin, in order
+        self.asked: list[Asked] = []
+        #: whether the origin is down for this node
+        self.cut_off = False
+        self.workers: list[Worker] = []
         self.view = View(0, ())
         self.ring = Ring(())
-
-    @property
-    def asked(self) -> list[Asked]:
-        return self.origin.asked
-
-    @property
-    def cut_off(self) -> bool:
-        return self.origin.cut_off
-
-    @cut_off.setter
-    def cut_off(self, value: bool) -> None:
-        self.origin.cut_off = value
 
     @property
     def listens(self) -> bool:
@@ -254,29 +256,33 @@ class PeerNode:
 
     # --- life -------------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        settings, clock = self.config, self.clock
+    async def start(self, workers: int) -> None:
         await self.start_daemon()
-        self.tasks = Tasks(self.name)
-        lane = OriginLane(settings.origin, from_config(settings.origin, clock), clock)
-        await lane.start()
-        self.origin = NodeOrigin(lane)
-        self.touches = TouchMap(settings.cache.dir)
-        assert settings.cluster.secret is not None
-        self.peers = Peers(settings.cluster, self.name, settings.cluster.secret.encode(), clock, self.tasks, None)
-        self.reader = Reader(settings.cache.dir, alone=False)
-        self.carrier = Carrier(
-            settings, self.reader, self.origin, Rules(settings.rules), clock, self.tasks, self.peers, self.touches
-        )
-        await self.carrier.start()
+        for _ in range(workers):
+            await self._start_worker()
+        first = self.workers[0]
         self._threads = ThreadPoolExecutor(2)
         parts = Parts(
-            settings, {}, self.carrier, lane, clock, self.tasks, Lines(), self._threads, self._threads  # type: ignore[arg-type]
+            self.config, {}, first.carrier, first.origin.lane, self.clock, first.tasks, Lines(), self._threads,  # type: ignore[arg-type]
+            self._threads,
         )  # fmt: skip
         self.edge: Edge = edge_of(parts)
         self._script(self.edge.lanes)  # type: ignore[arg-type]
         await self.back()
-        await until(lambda: self.carrier.caching)
+        await until(lambda: all(worker.carrier.caching for worker in self.workers))
+
+    async def _start_worker(self) -> None:
+        settings, clock = self.config, self.clock
+        tasks = Tasks(self.name)
+        lane = OriginLane(settings.origin, from_config(settings.origin, clock), clock)
+        await lane.start()
+        origin, touches = NodeOrigin(lane, self), TouchMap(settings.cache.dir)
+        assert settings.cluster.secret is not None
+        peers = Peers(settings.cluster, self.name, settings.cluster.secret.encode(), clock, tasks, None)
+        reader = Reader(settings.cache.dir, alone=False)
+        carrier = Carrier(settings, reader, origin, Rules(settings.rules), clock, tasks, peers, touches)
+        self.workers.append(Worker(carrier, reader, peers, touches, origin, tasks))
+        await carrier.start()
 
     async def stop(self) -> None:
         for fault in self._faults:
@@ -285,13 +291,32 @@ class PeerNode:
             self._server.close()
         await self.edge.drain(1.0)
         self._threads.shutdown()
-        await self.tasks.close()
-        await self.carrier.close()
-        await self.origin.lane.close()
-        self.reader.close()
-        self.reader.fence.close()
-        self.touches.close()
+        for worker in self.workers:
+            await worker.tasks.close()
+            await worker.carrier.close()
+            await worker.origin.lane.close()
+            worker.reader.close()
+            worker.reader.fence.close()
+            worker.touches.close()
         await self.stop_daemon()
+
+    # --- its first worker, which has the peer port
+
+    @property
+    def carrier(self) -> Carrier:
+        return self.workers[0].carrier
+
+    @property
+    def reader(self) -> Reader:
+        return self.workers[0].reader
+
+    @property
+    def peers(self) -> Peers:
+        return self.workers[0].peers
+
+    @property
+    def tasks(self) -> Tasks:
+        return self.workers[0].tasks
 
     async def start_daemon(self) -> None:
         settings, clock = self._daemon_config, self.clock
@@ -381,8 +406,9 @@ class PeerNode:
 
     def forgive(self) -> None:
         """It backs off from nobody any more."""
-        for peer in self.peers._peers.values():
-            peer.answered()
+        for worker in self.workers:
+            for peer in worker.peers._peers.values():
+                peer.answered()
 
     def count(self, path: str) -> int:
         """How often it was asked that."""
@@ -390,37 +416,20 @@ class PeerNode:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    async def read(self, bucket: str, key: str, header: str | None = None, *, want: Want | None = None) -> Got:
+    async def read(
+        self, bucket: str, key: str, header: str | None = None, *, want: Want | None = None, worker: int = 0
+    ) -> Got:
         """As a GET does. header: Range. Raises what open() and a body raise."""
         want = want or Want(range=ranges.parse(header))
         for opens in range(1, OPENS_MAX + 1):
             got: list[bytes] = []
             try:
-                opened = await self._once(bucket, key, want, got)
+                opened = await _once(self.workers[worker].carrier, bucket, key, want, got)
                 return Got(opened, b"".join(got), opens)
             except Changed:
                 if got:
                     raise
         raise AssertionError(f"{self.name}: {key} was another one each time that it was opened")
-
-    async def _once(self, bucket: str, key: str, want: Want, got: list[bytes]) -> Opened:
-        opened = await self.carrier.open(bucket, key, want)
-        try:
-            if want.head_only:
-                return opened
-            start, stop = 0, opened.record.size
-            if want.range is not None:
-                start, stop = ranges.resolve(want.range, opened.record.size)
-            body = self.carrier.body(opened, start, stop)
-            try:
-                async for piece in body:
-                    await take_into(got, piece)
-            finally:
-                await body.aclose()
-                opened.origin_requests += body.origin_requests
-            return opened
-        finally:
-            opened.close()
 
     def record(self, key: str, bucket: str = "b") -> Record | None:
         return self.reader.record(bucket, key)
@@ -434,35 +443,35 @@ class PeerNode:
         return sorted(number for number, _ in self.reader.blocks(record.content))
 
     def touched(self, record: Record, number: int) -> bool:
-        return self.touches.seen(block_key(record.content, number))
+        return self.workers[0].touches.seen(block_key(record.content, number))
 
     # --- what is left over ------------------------------------------------------------------------------------------
 
     @property
     def at_rest(self) -> bool:
         """Nothing of a read, a fill, a question or an answer is under way."""
-        stats = self.carrier.stats()
+        leases = self.daemon._leases
         return (
-            stats.fills == stats.flights == stats.asking == 0
-            and not self.carrier._blocks._growing
-            and not self.daemon._leases.fills
-            and not self.daemon._leases.opens
-            and not self.peers._asker.running
-            and {name.rpartition(".")[2] for name in self.tasks.names()} <= _AT_REST
+            all(_at_rest(worker) for worker in self.workers)
+            and not leases.fills
+            and not leases.opens
             and not any(connection._messages or connection.in_fast for connection in self.edge.connections)
         )
 
     def left_over(self) -> list[str]:
         """What was not given back, in words."""
         found: list[str] = []
-        pool = self.carrier._context.buffers
-        if len(pool._free) + pool._left != self._buffers_max or pool._waiting:
-            found.append(f"{self._buffers_max - pool._left - len(pool._free)} buffers")
-        lent = {segment: self.reader._held[segment].borrows for segment in self.reader.held()}
-        found += [f"segment {segment} borrowed {count} times" for segment, count in lent.items() if count]
-        for name, peer in self.peers._peers.items():
-            if peer._open != len(peer._idle) or peer._waiting:
-                found.append(f"{peer._open - len(peer._idle)} connections to {name}")
+        for worker in self.workers:
+            pool = worker.carrier._context.buffers
+            out = self._buffers_max - pool._left - len(pool._free)
+            if out or pool._waiting:
+                found.append(f"{out} buffers")
+            reader = worker.reader
+            lent = {segment: reader._held[segment].borrows for segment in reader.held()}
+            found += [f"segment {segment} borrowed {count} times" for segment, count in lent.items() if count]
+            for name, peer in worker.peers._peers.items():
+                if peer._open != len(peer._idle) or peer._waiting:
+                    found.append(f"{peer._open - len(peer._idle)} connections to {name}")
         if self.daemon._leases.granted_bytes:
             found.append(f"{self.daemon._leases.granted_bytes} bytes granted")
         return found
@@ -471,6 +480,37 @@ class PeerNode:
     def _buffers_max(self) -> int:
         cache = self.config.cache
         return min(2 * self.config.origin.connections, max(1, 32 * 1024 * KIB // cache.fill_buffer_bytes))
+
+
+def _at_rest(worker: Worker) -> bool:
+    stats, blocks = worker.carrier.stats(), worker.carrier._blocks
+    return (
+        stats.fills == stats.flights == stats.asking == 0
+        and not blocks._growing
+        and not blocks._asking
+        and not worker.peers._asker.running
+        and {name.rpartition(".")[2] for name in worker.tasks.names()} <= _AT_REST
+    )
+
+
+async def _once(carrier: Carrier, bucket: str, key: str, want: Want, got: list[bytes]) -> Opened:
+    opened = await carrier.open(bucket, key, want)
+    try:
+        if want.head_only:
+            return opened
+        start, stop = 0, opened.record.size
+        if want.range is not None:
+            start, stop = ranges.resolve(want.range, opened.record.size)
+        body = carrier.body(opened, start, stop)
+        try:
+            async for piece in body:
+                await take_into(got, piece)
+        finally:
+            await body.aclose()
+            opened.origin_requests += body.origin_requests
+        return opened
+    finally:
+        opened.close()
 
 
 async def take_into(got: list[bytes], piece: Piece) -> None:
@@ -491,8 +531,9 @@ async def take_into(got: list[bytes], piece: Piece) -> None:
 class PeerCluster:
     """The nodes n1, n2 ... and their origin.
 
-    hub: they are members of a static cluster by their daemons. patience_s: for so long a peer can still tell a failure; then
-    its head has left. cluster: more options of config.Cluster. cache: as tests.fakes.cache_node.settings has them.
+    workers: of each node; the first has the peer port. hub: the nodes are members of a static cluster by their daemons.
+    patience_s: for so long a peer can still tell a failure; then its head has left. cluster: more options of config.Cluster.
+    cache: as tests.fakes.cache_node.settings has them.
     """
 
     def __init__(
@@ -504,12 +545,14 @@ class PeerCluster:
         hub: bool = False,
         patience_s: float = 10.0,
         cluster: dict[str, Any] | None = None,
+        workers: int = 1,
         **cache: Any,
     ) -> None:
         self._directory = directory
         self._count = count
         self._rules = rules
         self._hub = hub
+        self._workers = workers
         self._cluster: dict[str, Any] = {
             "membership": "static",
             "secret": SECRET,
@@ -548,7 +591,7 @@ class PeerCluster:
             alone = settings if self._hub else msgspec.structs.replace(settings, cluster=config.Cluster())
             self.nodes.append(PeerNode(name, settings, alone, self.clock))
         with patch.object(fence, "_random_slots", _slots().__next__):
-            await asyncio.gather(*(node.start() for node in self.nodes))
+            await asyncio.gather(*(node.start(self._workers) for node in self.nodes))
         if self._hub:
             self._learn(self.view)
             await until(self._agree)
@@ -592,16 +635,18 @@ class PeerCluster:
 
     def _agree(self) -> bool:
         return all(
-            node.reader.fence.trusted() and len(node.carrier._upstream._ring.members) == len(self.nodes)
+            node.reader.fence.trusted() and len(worker.carrier._upstream._ring.members) == len(self.nodes)
             for node in self.nodes
+            for worker in node.workers
         )
 
     async def tell(self, node: PeerNode, view: View) -> None:
         """From now on the node goes by this view."""
         node.view, node.ring = view, _ring(view)
-        node.carrier.pushed(ipc.ClusterView(node.name, view))
-        upstream = node.carrier._upstream
-        await until(lambda: upstream._view is view and upstream._ring.members == node.ring.members)
+        for worker in node.workers:
+            worker.carrier.pushed(ipc.ClusterView(node.name, view))
+        upstreams = [worker.carrier._upstream for worker in node.workers]
+        await until(lambda: all(each._view is view and each._ring.members == node.ring.members for each in upstreams))
 
     def __getitem__(self, name: str) -> PeerNode:
         return next(node for node in self.nodes if node.name == name)
@@ -627,8 +672,10 @@ class PeerCluster:
         await until(lambda: all(node.at_rest for node in self.nodes), what="nothing is under way")
 
     async def read_all(self, bucket: str, key: str, header: str | None = None, *, times: int = 1) -> list[Got]:
-        """Every node reads it at once."""
-        return list(await asyncio.gather(*(n.read(bucket, key, header) for n in self.nodes for _ in range(times))))
+        """Every worker of every node reads it at once."""
+        workers = [(node, at) for node in self.nodes for at in range(len(node.workers))]
+        reads = (node.read(bucket, key, header, worker=at) for node, at in workers for _ in range(times))
+        return list(await asyncio.gather(*reads))
 
     def gets(self, key: str) -> list[tuple[int, int]]:
         """Which slices of the object the origin was asked for the bytes of, in order: [first, last]; all of it: (0, -1)."""

@@ -577,3 +577,109 @@ async def test_who_is_busy_or_cannot_store_takes_nothing(tmp_path: Path) -> None
         assert not taker.carrier.take("b", "k", record, (31,), giver.name)
         await taker.start_daemon()
         await until(lambda: taker.carrier.caching)
+
+
+# --- nodes of several workers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["never", "hot", "always"])
+async def test_workers_of_all_nodes_ask_the_origin_once_for_all(tmp_path: Path, policy: str) -> None:
+    async with PeerCluster(tmp_path, rules=rules(policy), workers=2) as them:
+        for key, body in (("small", SMALL), ("middle", MIDDLE), ("large", LARGE)):
+            them.origin.put("b", key, body)
+            for _ in range(2):
+                assert all(each.body == body for each in await them.read_all("b", key))
+                await them.settled()
+            assert sorted(start for start, _ in them.gets(key)) == list(range(0, len(body), BLOCK))
+            assert them.origin.count(key=key) == len(them.gets(key))
+
+
+@pytest.mark.parametrize("body", [SMALL, MIDDLE, LARGE])
+async def test_views_that_disagree_hold_up_no_worker_either(tmp_path: Path, body: bytes) -> None:
+    """The fill that must not be waited for is another worker's: only the daemon knows of it."""
+    async with PeerCluster(tmp_path, 2, rules=rules("always"), workers=2, cluster={"read_timeout_s": 30.0}) as them:
+        a, b = them.nodes
+        await them.tell(a, only(them, b))
+        await them.tell(b, only(them, a))
+        for at in range(4):
+            them.origin.put("b", f"k{at}", body)
+            async with asyncio.timeout(SOON_S):
+                # Those without the peer port read: whoever asks them goes to the others.
+                got = await asyncio.gather(*(n.read("b", f"k{at}", worker=1) for n in (a, b, a, b)))
+                await them.settled()
+            assert all(each.body == body for each in got)
+        assert len(them.origin.requests) <= 4 * 4 * -(-len(body) // BLOCK)
+
+
+async def test_a_fill_that_peers_wait_for_and_that_turns_to_peers_is_waited_for_no_longer(tmp_path: Path) -> None:
+    """It began at the origin, which went away under it: then it may ask the very node that waits for it."""
+    async with PeerCluster(tmp_path, 2, rules=rules("always"), workers=2, cluster={"read_timeout_s": 30.0}) as them:
+        for at in range(3):
+            key = f"k{at}"
+            record = await known(them, key, LARGE)
+            number = 1
+            owner, reader = them.block_order("b", key, record, number)
+            hold = them.origin.hold(at="head", method="GET", key=key)
+            filling = asyncio.ensure_future(owner.read("b", key, block_of(number), worker=1))
+            await hold.reached()
+            asking = asyncio.ensure_future(reader.read("b", key, block_of(number), worker=at % 2))
+            await until(lambda owner=owner: owner.count(wire.BLOCK))
+            owner.cut_off = True
+            await them.origin.drop_connections()
+            hold.release()
+            async with asyncio.timeout(SOON_S):
+                got = await asyncio.gather(filling, asking)
+            start = number * BLOCK
+            assert all(each.body == LARGE[start : start + BLOCK] for each in got)
+            owner.cut_off = False
+            owner.questions.clear()
+            await them.settled()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_a_peer_that_breaks_off_where_nothing_is_tried_again(tmp_path: Path, policy: str) -> None:
+    """No retries are allowed; the origin is asked for the rest all the same, and nothing is kept that is not whole."""
+    async with PeerCluster(tmp_path, rules=rules(policy), cluster=IMPATIENT, origin_retries=0) as them:
+        for at, (size, cut) in enumerate(((1000, 400), (40_000, 20_000), (BLOCK, 1), (len(LARGE), BLOCK - 1))):
+            for path in (wire.OBJECT, wire.BLOCK):
+                key, number = f"k{at}{path[-1]}", min(1, (size - 1) // BLOCK)
+                body = LARGE[:size]
+                if path == wire.BLOCK:
+                    record = await known(them, key, body)
+                    owner, _, reader = them.block_order("b", key, record, number)
+                else:
+                    them.origin.put("b", key, body)
+                    owner, _, reader = them.order("b", key)
+                fault = owner.fault(path=path, cut=cut)
+                speechless = owner.fault(None, path=wire.CHECKSUM, cut=-1)  # it has died
+                async with asyncio.timeout(SOON_S):
+                    assert (await reader.read("b", key)).body == body
+                assert fault.used == 1 or policy == "never" or path == wire.BLOCK
+                fault.end()
+                speechless.end()
+                await them.settled()
+                record = record_of(reader, key)
+                for block in reader.blocks(record):
+                    assert reader.stored(record, block) == body[block * BLOCK : (block + 1) * BLOCK]
+                assert (await reader.read("b", key)).body == body
+                reader.forgive()
+
+
+async def test_an_origin_that_is_down_makes_no_two_fills_wait_for_each_other(tmp_path: Path) -> None:
+    settings = {"read_timeout_s": 30.0}
+    async with PeerCluster(tmp_path, 2, rules=rules("always"), cluster=settings, origin_retries=0) as them:
+        for at in range(4):
+            key = f"k{at}"
+            record = await known(them, key, LARGE)
+            owner, reader = them.block_order("b", key, record, 1)
+            await them.origin.down()
+            reader.peers._peers[owner.name].failed(False)  # so the reader takes the block for its own
+            async with asyncio.timeout(SOON_S):
+                got = await asyncio.gather(
+                    *(node.read("b", key, block_of(1)) for node in (owner, reader) * 2), return_exceptions=True
+                )
+            assert all(isinstance(each, S3Error) and each.status == 503 for each in got)
+            await them.origin.up()
+            reader.forgive()
+            await them.settled()
+            assert (await reader.read("b", key)).body == LARGE
