@@ -39,7 +39,7 @@ def state_of(name: str, *, seen_by: ClusterNode) -> str:
 
 def owned(node: ClusterNode, key: str) -> dict[str, tuple[int, int]]:
     """Of each node: how many blocks of the object it should keep, and how many it does."""
-    located = json.loads(kos(node, "locate", f"s3://b/{key}", "--json"))
+    located = node.admin(f"/v1/cluster/locate?bucket=b&key={key}")
     return {each["name"]: (each["should_keep_count"], each["keeps_count"]) for each in located["nodes"]}
 
 
@@ -66,6 +66,8 @@ def test_a_drained_node_is_not_missed(tmp_path: Path, membership: str) -> None:
             return all(keeps >= should for should, keeps in kept.values()) and kept[leaving.name][0] > 0
 
         eventually(all_kept, "every block is at its owner")
+        located = kos(first, "locate", "s3://b/large")
+        assert "blocks    41 of 1.00 MiB" in located and "n2: should keep " in located
         status = kos(first, "status")
         assert status.splitlines()[0].startswith(f"3 members, membership {membership}, view ")
 
@@ -84,9 +86,11 @@ def test_a_drained_node_is_not_missed(tmp_path: Path, membership: str) -> None:
         them.origin.forget()
         read_all(last, bodies, large)
         read_all(first, bodies, large)
-        # Each new home asks once whether what it was told is still so. No byte comes again.
-        assert them.origin.sent_bytes(method="GET") == 0
-        assert {each.status for each in them.origin.requests if each.method == "GET"} <= {304}
+        # Each new home asks once whether what it was told is still so, and no byte comes again: but where a home was slow and a
+        # second node was asked as well, which has never heard of the object.
+        again = [each for each in them.origin.requests if each.method == "GET" and each.status != 304]
+        assert len(again) <= len(bodies) // 10, again
+        assert sum(each.sent_bytes for each in again) < len(large) // 10
         if membership == "static":
             leaving.stop()
             assert "n2: there is no line to it" in kos(first, "drain", leaving.name, "--no-wait", code=1)
