@@ -488,6 +488,10 @@ class Daemon:
         while True:
             await self._clock.sleep(_TICK_S)
             ticks += 1
+            if self._hub is not None and self._hub.fence is not self._fence:
+                self._fence = self._hub.fence
+                for session in list(self._sessions.values()):
+                    session.connection.abort("the fence is another one")  # workers come back, and open it
             self._do(self._leases.expire(self._clock.monotonic()))
             if self.caching and self._short_of_room() is not None:
                 # Evicting comes first: a batch does so, and only if that did not help caching goes off.

@@ -33,7 +33,8 @@ class Answer:
 
     reason: a Reason's value, or why the origin is unavailable. renewed: it was a 304. ticket: the body, unread. block:
     the number of the block that the body begins with and has whole. body: that block's bytes, when it is small.
-    requests: how many were made. phase: of an answer that came by way of another node; fills: whether what it brought is to
+    requests: how many were made. asked_at: when the question was put, epoch seconds; None: by another worker, who knows when.
+    phase: of an answer that came by way of another node; fills: whether what it brought is to
     be kept here.
     """
 
@@ -47,6 +48,7 @@ class Answer:
     block: int | None = None
     body: bytes | None = None
     requests: int = 0
+    asked_at: float | None = None
     phase: Phase | None = None
     fills: bool = True
 
@@ -61,6 +63,7 @@ async def ask_origin(
     Raises nothing but CancelledError: what the origin says or fails to say is in the Answer.
     """
     requests = 0
+    asked_at = context.clock.now()
     asking: First | None = first
     while asking is not None:
         requests += 1
@@ -87,7 +90,7 @@ async def ask_origin(
             except BaseException:
                 response.close()
                 raise
-            answer.requests = requests
+            answer.requests, answer.asked_at = requests, asked_at
             if known is not None and answer.record is not None and answer.record.content == known.content:
                 answer.renewed = answer.ticket is None and answer.body is None
             if answer.outcome is OpenOutcome.STORED and not alone:

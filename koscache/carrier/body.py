@@ -227,7 +227,8 @@ class Body:
         end = min(number + window, -(-self._stop // self._block_bytes))
         blocks, opened, record = self._blocks, self._opened, self._record
         elsewhere: list[int] = []
-        for ahead in range(max(self._ahead, number), end):
+        # Not the block itself: whoever looks has it on its way, or is about to ask for it.
+        for ahead in range(max(self._ahead, number + 1), end):
             if self._left_elsewhere(ahead):
                 elsewhere.append(ahead)
             elif blocks.growing(record, ahead) is None and context.reader.locate(record.content, ahead) is None:
@@ -237,7 +238,7 @@ class Body:
                     record,
                     ahead,
                     touch=False,
-                    ahead=ahead > number,
+                    ahead=True,
                     on_request=self._counted,
                     direct=self._direct,
                 )
@@ -278,7 +279,6 @@ class Body:
     async def _from_peer(self, number: int) -> AsyncGenerator[Piece, None]:
         """What another node sends of the block. Brings nothing if none can: then this node does as if it kept it."""
         opened, end = self._opened, number * self._block_bytes + self._end_in(number)
-        self._ahead = max(self._ahead, number + 1)
         try:
             response = await self._upstream.ask_owners(
                 opened.bucket, opened.key, self._record, self._position, end, fill=not self._touch

@@ -374,7 +374,6 @@ class Carrier:
         ended = False
         try:
             yield
-            ended = True
         except S3Error as refused:
             # What kos itself refused (a checksum, a length) never was a whole request for the origin.
             ended = refused.status < 500
@@ -383,6 +382,7 @@ class Carrier:
             self._bump(slots)
             if self._write_wait_s is not None:
                 await self._heard_everywhere(write, self._write_wait_s)
+            ended = True
         finally:
             self._bump(slots)
             if ended:

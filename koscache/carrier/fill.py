@@ -231,6 +231,9 @@ class Fill:
             raise _Ended(BlockOutcome.REFUSED, str(error)) from error
         if isinstance(error, OriginUnavailable):
             growing.retry_after_s = error.retry_after_s
+        if self._member is not None and not self._direct:
+            self._direct = True  # another node broke off: its word that it is well is worth little now
+            return
         if attempt_number >= origin.retries:
             raise _Ended(BlockOutcome.UNAVAILABLE, str(error)) from error
         clock = self._context.clock

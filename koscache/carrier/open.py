@@ -61,7 +61,7 @@ _WHY = {
 @dataclass(slots=True, eq=False)
 class _Flight:
     """One question and all who wait for it. gone: it is in the table no more. insist: as in ipc.AskOpen. direct: it is put to
-    the origin, not to the key's home. began_at: epoch seconds."""
+    the origin, not to the key's home."""
 
     bucket: str
     key: str
@@ -70,7 +70,6 @@ class _Flight:
     want: Want
     why: Reason
     direct: bool
-    began_at: float
     landed: asyncio.Future[Answer]
     gone: asyncio.Future[None]
     alone: bool = False
@@ -214,8 +213,7 @@ class Opener:
         self, bucket: str, key: str, fence: int, known: Record | None, want: Want, why: Reason, direct: bool
     ) -> _Flight:
         loop = asyncio.get_running_loop()
-        now = self._context.clock.now()
-        return _Flight(bucket, key, fence, known, want, why, direct, now, loop.create_future(), loop.create_future())
+        return _Flight(bucket, key, fence, known, want, why, direct, loop.create_future(), loop.create_future())
 
     # --- what it means to one reader --------------------------------------------------------------------------------
 
@@ -241,8 +239,7 @@ class Opener:
                 return await self._not_stored(flight, answer, record, want)
             return await self._own(flight, want, answer.reason)
         if outcome is OpenOutcome.REFUSED and answer.refusal is not None:
-            asked_for_us = answer.requests > 0 if mine else flight.began_at >= arrived
-            if rule.freshness == ALWAYS and not asked_for_us:
+            if rule.freshness == ALWAYS and (answer.asked_at is None or answer.asked_at < arrived):
                 return None  # it may be from before a write that nothing but the origin tells of
             raise _relayed(answer.refusal, flight.key, want)
         if outcome is OpenOutcome.UNAVAILABLE:
@@ -252,7 +249,10 @@ class Opener:
     def _opened(self, flight: _Flight, mine: bool, answer: Answer, record: Record, want: Want) -> Opened:
         opened = Opened(flight.bucket, flight.key, record, Phase.MISS, flight.why, None, 0, want)
         opened.ticket = answer.ticket if mine else None
-        if answer.phase is not None:
+        if answer.renewed and answer.phase is not None:
+            opened.phase, opened.reason = Phase.REVALIDATED, flight.why
+            opened.age_s = max(0.0, self._context.clock.now() - record.validated_at)
+        elif answer.phase is not None:
             opened.phase, opened.reason = answer.phase, Reason(answer.reason)
             opened.age_s = max(0.0, self._context.clock.now() - record.validated_at)
         elif answer.renewed:

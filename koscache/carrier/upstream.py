@@ -208,7 +208,7 @@ class Upstream:
             _log.info("no other node tells of an object", extra={"reason": str(error)})
             return None
         if response.status != 200:
-            return await self._declined(response)
+            return await self._declined(response, asked_at)
         try:
             said = wire.decode(response.headers.get(wire.SAID_HEADER, "").encode(), wire.Said)
         except wire.PeerBroken:
@@ -219,7 +219,9 @@ class Upstream:
         record = msgspec.structs.replace(
             said.record, validated_at=asked_at - said.age_s, fence=fence if said.storable else 0
         )
-        answer = Answer(OpenOutcome.STORED, reason_of(said.reason), record, requests=said.origin_requests)
+        answer = Answer(
+            OpenOutcome.STORED, reason_of(said.reason), record, requests=said.origin_requests, asked_at=asked_at
+        )
         answer.phase = Phase.MISS if said.origin_requests else Phase.PEER
         if said.phase == Phase.STALE:
             answer.phase = Phase.STALE
@@ -233,11 +235,11 @@ class Upstream:
         answer.renewed = known is not None and record.content == known.content and answer.ticket is None
         return answer
 
-    async def _declined(self, response: PeerResponse) -> Answer | None:
+    async def _declined(self, response: PeerResponse, asked_at: float) -> Answer | None:
         failed = await failed_of(response)
         if failed.changed or failed.outcome in (OpenOutcome.LEADER_GAVE_UP, OpenOutcome.STORED):
             return None
-        return Answer(failed.outcome, failed.reason, None, failed.refusal, failed.retry_after_s)
+        return Answer(failed.outcome, failed.reason, None, failed.refusal, failed.retry_after_s, asked_at=asked_at)
 
     # --- bytes of a block ---------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ import enum
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from koscache.cluster import wire
@@ -38,8 +39,13 @@ _RENEW_AT: Final = 0.25
 _RENEWALS_MAX: Final = 16
 #: Slots that are remembered for one member that could not be told; 65 536 x 60 bytes.
 SKIPPED_MAX: Final = 65_536
-#: Writes that nobody waits for any more and that not all members have heard of.
+#: Writes that are kept, and slots of all of them together, before those are given up that nobody waits for any more.
 _LEFT_MAX: Final = 8192
+_LEFT_SLOTS_MAX: Final = 500_000
+#: Members that are asked at a time for a view that is known to be newer.
+_ASKED_FOR_VIEWS: Final = 3
+#: How often a line is begun anew for what was given up.
+_RESTART_EVERY_S: Final = 10.0
 
 
 class Membership(enum.Enum):
@@ -93,6 +99,13 @@ class NewEpoch:
 
 
 @dataclass(frozen=True, slots=True)
+class Restart:
+    """End our line to the member, so that a new Hello tells it what it has to know."""
+
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
 class Trust:
     """Until when (seconds; inf: for ever) records may be trusted and vouched for; 0: not at all."""
 
@@ -107,7 +120,7 @@ class Ended:
     ok: bool
 
 
-Command = Tell | Reply | Pass | Mark | Unmark | NewEpoch | Trust | Ended
+Command = Tell | Reply | Pass | Mark | Unmark | NewEpoch | Restart | Trust | Ended
 
 
 class ProtocolBroken(Exception):
@@ -197,7 +210,8 @@ class Coherence:
 
     name: this member's. lease_s: of what members promise each other. member_lease_s: of what the store says (CONTROL); twice
     that is the long lease. trusted_until: as the daemon before this one left it. before: what it left when it resigned; None: it
-    did not. first: writes are numbered from here on.
+    did not. after_crash: it died as this same member, and of what it promised nobody knows. first: writes are numbered from here
+    on.
     """
 
     def __init__(
@@ -209,6 +223,7 @@ class Coherence:
         member_lease_s: float = 0.0,
         trusted_until: float = 0.0,
         before: Left | None = None,
+        after_crash: bool = False,
         first: int = 0,
     ) -> None:
         self._name = name
@@ -218,6 +233,7 @@ class Coherence:
         self._long_s = lease_s if self._static else 2 * member_lease_s
         self._trusted_before = trusted_until
         self._before = before or Left()
+        self._after_crash = after_crash
         self._next = first
         self._view = View(-1, ())
         self._heard_version = 0
@@ -227,6 +243,11 @@ class Coherence:
         self._writes: dict[int, _Write] = {}
         #: members that can be told and have not resigned: before all of these have acknowledged, nothing is decided
         self._well: set[str] = set()
+        self._slots = 0
+        #: members that have marked what we have given up
+        self._misled: set[str] = set()
+        self._restarted_at = -math.inf
+        self._asked_view_at = -math.inf
         self._least_renewed = -math.inf
         self._parting: dict[str, float] = {}
         self._complete = False
@@ -286,6 +307,10 @@ class Coherence:
         """The slots of others' writes under way, as they are marked here."""
         return [slots for inn in self._ins.values() for slots in inn.marks.values()]
 
+    def unfinished(self) -> dict[int, tuple[int, ...]]:
+        """Writes that not everybody has heard of, by number."""
+        return {number: write.slots for number, write in self._writes.items()}
+
     def silent(self, name: str) -> bool:
         """Whether there is no line to or from the member, so that it may be expelled."""
         out, inn = self._outs.get(name), self._ins.get(name)
@@ -309,6 +334,10 @@ class Coherence:
             commands += self._forget_what_it_knew(name, self._ins[name], now)
             self._ins[name].lapsed = False
             self._ins[name].renewed_at = max(self._ins[name].renewed_at, since)
+        if self._view.version < 0:
+            # Of the daemon before: promises to members that are gone since.
+            gone = [name for name in self._before.heard if view.find(name) is None]
+            self._parting.update(dict.fromkeys([*gone, *([""] if self._after_crash else [])], now))
         self._view = view
         self._heard_version = max(self._heard_version, view.version)
         for name, (_, version) in list(self._announced.items()):
@@ -415,7 +444,8 @@ class Coherence:
         does not take us for late: our own row in the store has been good for longer than what it knows of us can be old.
         """
         if out.resigned:
-            return True
+            # Unless it may be back, and we are the one who is cut off.
+            return self._static or now < self._member_until
         if not self._run_out(max(out.promised_at, out.refused_at), self._long_s, now):
             return False
         return self._static or (
@@ -441,6 +471,7 @@ class Coherence:
         self._next += 1
         number = self._next
         self._writes[number] = _Write(slots)
+        self._slots += len(slots)
         return number, [Tell(name, wire.Begin(number, slots)) for name, out in self._outs.items() if out.up]
 
     def end(self, number: int, now: float, wait_s: float | None) -> list[Command]:
@@ -451,7 +482,7 @@ class Coherence:
         if wait_s is not None:
             write.waited, write.until = True, now + wait_s
         commands = self._advance(number, write, now)
-        while len(self._writes) > _LEFT_MAX and self._give_up_oldest():
+        while (len(self._writes) > _LEFT_MAX or self._slots > _LEFT_SLOTS_MAX) and self._give_up_oldest():
             pass
         return commands
 
@@ -460,6 +491,8 @@ class Coherence:
         for number, write in self._writes.items():
             if not write.waited and write.state is not _State.UNDER_WAY:
                 del self._writes[number]
+                self._slots -= len(write.slots)
+                self._misled |= write.begun - write.ended
                 for name, out in self._outs.items():
                     if name not in write.ended:
                         out.skip(write.slots)
@@ -483,6 +516,7 @@ class Coherence:
             commands += [Tell(name, wire.End(number)) for name, out in self._outs.items() if out.up]
         if write.state is _State.ENDING and self._have(write.ended, now):
             del self._writes[number]
+            self._slots -= len(write.slots)
             for name, out in self._outs.items():
                 if name not in write.ended:
                     if out.up:
@@ -494,6 +528,8 @@ class Coherence:
         return commands
 
     def _have(self, acknowledged: set[str], now: float) -> bool:
+        if not self._static and not self._outs and now >= self._member_until:
+            return False  # nobody is left that we know of; there may be others
         return all(name in acknowledged or self._excused(name, out, now) for name, out in self._outs.items())
 
     # --- our lines ------------------------------------------------------------------------------------------------------
@@ -699,6 +735,14 @@ class Coherence:
         commands: list[Command] = []
         self._parted(now)
         commands += self._let_go()
+        if self._misled and now - self._restarted_at >= _RESTART_EVERY_S:
+            self._restarted_at = now
+            commands += [Restart(name) for name in sorted(self._misled & self._outs.keys())]
+            self._misled.clear()
+        if self.outdated and now - self._asked_view_at >= self._lease_s:
+            # The first question, or its answer, may have been lost with a line.
+            self._asked_view_at = now
+            commands += [Tell(name, wire.AskView()) for name in islice(sorted(self._well), _ASKED_FOR_VIEWS)]
         for name, inn in self._ins.items():
             commands += self._renew(name, inn, now)
         for number, write in list(self._writes.items()):

@@ -37,7 +37,7 @@ from koscache.cluster.coherence import Coherence, Greeting, ProtocolBroken
 from koscache.cluster.lines import Lines
 from koscache.cluster.membership import ControlMembership, own_member, static_view
 from koscache.cluster.view import NOBODY, Member, MemberState, View
-from koscache.fence import FOREVER_NS, Fence, boot_ns
+from koscache.fence import FOREVER_NS, Fence, boot_ns, read_boot_id
 
 _log: Final = logging.getLogger("koscache.cluster")
 
@@ -47,6 +47,10 @@ _TICKS_A_LEASE: Final = 10
 _ASK_S: Final = 5.0
 #: Questions of operators that wait at a time.
 _ASKS_MAX: Final = 4096
+#: Slots of writes that are remembered until this node is a member again.
+_FORGOTTEN_SLOTS_MAX: Final = 500_000
+#: How long after a fault of its own the membership is begun anew.
+_AGAIN_S: Final = 1.0
 #: What is left to those who hear of a stop to say so.
 _RESIGN_S: Final = 1.0
 #: In cache.dir: which daemons the one before had heard of when it resigned; that this node is to stay out of the ring.
@@ -58,8 +62,10 @@ Answers = Callable[[str, bytes], Awaitable[bytes]]
 
 
 class _Resigned(msgspec.Struct, frozen=True):
-    """What a daemon leaves in cache.dir when it stops."""
+    """What a daemon leaves in cache.dir when it stops. boot_id: of the machine, for after a loss of power the file may be there
+    again though it was used."""
 
+    boot_id: str
     daemon: int
     left: co.Left
 
@@ -115,6 +121,8 @@ class Hub:
         self._before: co.Left | None = None
         self._writes: dict[int, _Write] = {}
         self._by_number: dict[int, int] = {}
+        #: slots of writes that ended while this node was no member
+        self._forgotten: list[tuple[int, ...]] = []
         self._handles = itertools.count(1)
         # Random, so that what is said of a write of the daemon before means nothing to this one.
         self._numbers = secrets.randbits(40)
@@ -151,7 +159,7 @@ class Hub:
         if self._cluster.membership == "static":
             if self._draining_path.exists():
                 self._me = msgspec.structs.replace(self._me, state=MemberState.DRAINING)
-            self._begin_coherence()
+            self._begin_coherence(after_crash=not fence.created and self._before is None)
             self.seen(self._with_own_state(static_view(self._settings)), -math.inf)
             return
         from kos.control.database import Database
@@ -169,11 +177,19 @@ class Hub:
     async def _stay(self, control: ControlMembership, incarnation: int) -> None:
         from kos.control.errors import SchemaTooNew, Superseded
 
-        try:
-            await control.run(incarnation)
-        except (Superseded, SchemaTooNew, ConfigError) as error:
-            self._distrust()
-            self._failed(str(error))
+        while True:
+            try:
+                await control.run(incarnation)
+            except (Superseded, SchemaTooNew, ConfigError) as error:
+                self.expelled()
+                self._failed(str(error))
+                return
+            except Exception:
+                # Without heartbeats this node would be no member before long, and nobody would know why.
+                _log.exception("membership failed unexpectedly: it begins anew")
+                self.expelled()
+                await self.clock.sleep(_AGAIN_S)
+                incarnation = 0 if self._fence is None else self._fence.incarnation
 
     async def close(self) -> None:
         """Ceases to trust, says so, and ends the lines. Writes that are waited for count as not heard of."""
@@ -198,13 +214,13 @@ class Hub:
         if self._close_store is not None:
             await self._close_store()
 
-    def _begin_coherence(self) -> None:
+    def _begin_coherence(self, *, after_crash: bool) -> None:
         assert self._fence is not None
         cluster = self._cluster
         self._coherence = Coherence(
             self._me.name, co.Membership(cluster.membership), cluster.lease_s,
             member_lease_s=cluster.member_lease_s, trusted_until=self._trusted_before(),
-            before=self._before, first=self._numbers,
+            before=self._before, after_crash=after_crash, first=self._numbers,
         )  # fmt: skip
         self._before = None
 
@@ -227,7 +243,7 @@ class Hub:
             self._new_epoch("this node was no member for a while")
             self._fence.incarnation = me.incarnation
             self._before = None
-        self._begin_coherence()
+        self._begin_coherence(after_crash=resumed and self._before is None)
         self._begin_again()
         self.seen(view, -math.inf)
 
@@ -238,6 +254,9 @@ class Hub:
             self._begin(handle, write)
             if write.ending is not None:
                 self._end(write)
+        forgotten, self._forgotten = self._forgotten, []
+        for slots in forgotten:
+            self.forget(self.begin(slots))
 
     def seen(self, view: View, since: float) -> None:
         """See membership.Standing."""
@@ -262,6 +281,10 @@ class Hub:
         self._distrust()
         if self._fence is not None:
             self._fence.stop_vouching()  # and nothing is marked: who writes says so again when we are back
+        if self._coherence is not None:
+            # Those who wait are told again under the next one; so is what nobody waits for any more.
+            unfinished = self._coherence.unfinished()
+            self._forgotten += [slots for number, slots in unfinished.items() if number not in self._by_number]
         self._coherence = None
         self._view = NOBODY
         # What was passed over whom is forgotten with it: for the others it is another daemon that comes back.
@@ -328,10 +351,18 @@ class Hub:
     def forget(self, handle: int) -> None:
         """As end(), for nobody."""
         write = self._writes.pop(handle, None)
-        if write is not None and write.number:
-            self._by_number.pop(write.number, None)
-            if self._coherence is not None:
-                self._do(self._coherence.end(write.number, self._now(), None))
+        if write is None:
+            return
+        self._by_number.pop(write.number, None)
+        if self._coherence is None:
+            self._remember(write)
+        else:
+            self._do(self._coherence.end(write.number, self._now(), None))
+
+    def _remember(self, write: _Write) -> None:
+        """Others are to hear of it, for nobody's sake, when this node is a member again."""
+        if sum(map(len, self._forgotten)) < _FORGOTTEN_SLOTS_MAX:
+            self._forgotten.append(write.slots)
 
     def _settle(self, handle: int, write: _Write, ok: bool) -> None:
         if write.ending is None:
@@ -342,6 +373,8 @@ class Hub:
             metrics.CLUSTER_WRITE_SECONDS.observe(max(0.0, self._now() - write.since))
         else:
             metrics.CLUSTER_WRITES_REFUSED.inc()
+            if self._coherence is None:
+                self._remember(write)
         if not write.ending.done():
             write.ending.set_result(ok)
 
@@ -367,6 +400,8 @@ class Hub:
                 seconds = max(0.0, command.until)
                 until = FOREVER_NS if seconds == math.inf else int(seconds * 1e9)
                 fence.trust(until, until)
+            elif isinstance(command, co.Restart):
+                self._lines.restart(command.member)
             else:
                 handle = self._by_number.get(command.number)
                 if handle is not None:
@@ -627,7 +662,7 @@ class Hub:
         """False: nobody may be told to pass over us, so they wait until we are back, or expelled."""
         path = Path(self._settings.cache.dir, _RESIGNED)
         try:
-            path.with_suffix(".new").write_bytes(msgspec.json.encode(_Resigned(self._daemon, left)))
+            path.with_suffix(".new").write_bytes(msgspec.json.encode(_Resigned(read_boot_id(), self._daemon, left)))
             path.with_suffix(".new").rename(path)
         except OSError as error:
             _log.warning("not resigned", extra={"reason": str(error)})
@@ -646,6 +681,8 @@ class Hub:
             return None
         except (OSError, msgspec.MsgspecError) as error:
             _log.warning("what the last daemon left cannot be read", extra={"reason": str(error)})
+            return co.Left()
+        if resigned.boot_id != read_boot_id():
             return co.Left()
         self._daemon = resigned.daemon
         return resigned.left

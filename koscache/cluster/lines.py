@@ -38,6 +38,8 @@ _PAUSE_FIRST_S: Final = 0.05
 _PAUSE_MAX_S: Final = 1.0
 #: Nothing heard for so many pings: the line is given up. What is only slow answers within two.
 _SILENT_PINGS: Final = 3
+#: Of a reason that another gives, in our log.
+_REASON_MAX: Final = 200
 #: Strangers that have connected and not proven anything yet.
 _UNPROVEN_MAX: Final = 256
 
@@ -92,8 +94,10 @@ class _Out:
         if isinstance(message, wire.Pong):
             return
         if isinstance(message, wire.Refused):
-            talk.refused(name, message.reason)
-            raise ProtocolBroken(f"it refuses this node: {message.reason}")
+            reason = message.reason[:_REASON_MAX]
+            if message.unknown and self.stands:
+                talk.refused(name, reason)
+            raise ProtocolBroken(f"it refuses this node: {reason}")
         if self.stands:
             talk.told(name, message)
         elif isinstance(message, wire.Challenge) and self._nonces is None:
@@ -176,13 +180,15 @@ class _In:
             raise ProtocolBroken("the proof is wrong: is cluster.secret the same on both?")
         if knock.protocol != wire.PROTOCOL:
             raise ProtocolBroken(f"protocol {knock.protocol}, here {wire.PROTOCOL}: upgrade one after the other")
-        if not lines.talk.known(knock.name):
-            raise ProtocolBroken(f"no member is called {knock.name} here")
-        self.name, self._daemon = knock.name, knock.daemon
-        connection.allow(wire.MESSAGE_BYTES_MAX)
         daemon = lines.talk.daemon
         proof = wire.proof(lines.secret, "proven", nonces, me, knock.name, daemon)
         connection.send(wire.Proven(me, daemon, proof))
+        if not lines.talk.known(knock.name):
+            connection.send(wire.Refused(f"no member is called {knock.name} here", unknown=True))
+            lines.end_later(connection, f"no member is called {knock.name} here")
+            return
+        self.name, self._daemon = knock.name, knock.daemon
+        connection.allow(wire.MESSAGE_BYTES_MAX)
 
     def _hello(self, hello: wire.Hello, name: str) -> None:
         lines, talk = self._lines, self._lines.talk

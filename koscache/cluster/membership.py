@@ -129,10 +129,10 @@ class ControlMembership:
         while True:
             await self._clock.sleep(self._clock.jitter(0.8 * pause_s, pause_s))
             pause_s = self._cluster.heartbeat_s
-            sent = self._now()
+            sent, known = self._now(), self._version
             try:
                 beat = await self._store.heartbeat(
-                    self.me.name, incarnation, self._holder, ttl_s, self._standing.report(), self._version
+                    self.me.name, incarnation, self._holder, ttl_s, self._standing.report(), known
                 )
             except ControlUnavailable as error:
                 self._store_away(str(error))
@@ -143,7 +143,7 @@ class ControlMembership:
                 self._standing.expelled()
                 return
             self._store_back()
-            if beat.version < self._version:
+            if beat.version < known:
                 _log.error("the control store has gone back to an earlier state: this node joins again")
                 self._standing.expelled()
                 return

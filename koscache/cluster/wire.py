@@ -78,9 +78,10 @@ class Welcome(Message, frozen=True, tag=3):
 
 
 class Refused(Message, frozen=True, tag=4):
-    """Instead of Welcome; the line ends."""
+    """The line ends. unknown: the one who connects is in no view here; only who has proven himself may say so."""
 
     reason: str
+    unknown: bool = False
 
 
 class Begin(Message, frozen=True, tag=5):
