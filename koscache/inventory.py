@@ -78,7 +78,8 @@ class Inventory:
 
     def of_segment(self, segment: int, start: int, hot: bool) -> SegmentPage:
         """Blocks of a segment, the last written first; `start`: the entry to begin at. hot: those alone that were read since they
-        were written. None of a segment that is gone or whose table cannot be read."""
+        were written. None of a segment that is gone or whose table cannot be read. The first page reads all of the table, as
+        an eviction does: 4 µs an entry."""
         if segment != self._segment:
             self._table, self._segment = self._read_table(segment), segment
         stop = start + _PAGE_ENTRIES
