@@ -29,7 +29,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -533,7 +533,7 @@ class PeerCluster:
 
     workers: of each node; the first has the peer port. hub: the nodes are members of a static cluster by their daemons.
     patience_s: for so long a peer can still tell a failure; then its head has left. cluster: more options of config.Cluster.
-    cache: as tests.fakes.cache_node.settings has them.
+    cache: as tests.fakes.cache_node.settings has them; each: of node number `index`.
     """
 
     def __init__(
@@ -546,6 +546,7 @@ class PeerCluster:
         patience_s: float = 10.0,
         cluster: dict[str, Any] | None = None,
         workers: int = 1,
+        each: Callable[[int], dict[str, Any]] = lambda index: {},
         **cache: Any,
     ) -> None:
         self._directory = directory
@@ -553,6 +554,7 @@ class PeerCluster:
         self._rules = rules
         self._hub = hub
         self._workers = workers
+        self._each = each
         self._cluster: dict[str, Any] = {
             "membership": "static",
             "secret": SECRET,
@@ -583,7 +585,9 @@ class PeerCluster:
         )
         for at, name in enumerate(names):
             settings = msgspec.structs.replace(
-                cache_node.settings(self._directory / name, self.origin.endpoint, rules=self._rules, **self._cache),
+                cache_node.settings(
+                    self._directory / name, self.origin.endpoint, rules=self._rules, **(self._cache | self._each(at))
+                ),
                 cluster=config.Cluster(name=name, **self._cluster),
                 listen=config.Listen(peer=members[at].peer, cluster=members[at].cluster),
                 members=members if self._hub else (),

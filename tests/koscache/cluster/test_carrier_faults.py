@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from kos import metrics
-from kos.config import Rule
+from kos.config import ALWAYS, Rule
 from kos.errors import OriginRefused, S3Error
 from koscache.carrier import Phase, Reason, Want
 from koscache.carrier import peer_wire as wire
@@ -445,6 +445,27 @@ async def test_a_home_without_its_daemon_asks_the_origin_for_the_others(tmp_path
         await until(lambda: home.carrier.caching)
 
 
+@pytest.mark.parametrize("policy", ["hot", "always"])
+async def test_what_cannot_be_copied_now_still_comes_from_its_owner(tmp_path: Path, policy: str) -> None:
+    """All that fills may hold is granted: just when many read, the origin is not to be asked for what others keep."""
+    async with PeerCluster(tmp_path, rules=rules(policy)) as them:
+        them.origin.put("b", "k", LARGE)
+        home, _, reader = them.order("b", "k")
+        await home.read("b", "k")
+        await them.settled()
+        record = record_of(home)
+        foreign = [at for at in range(6) if them.block_order("b", "k", record, at)[0] is not reader]
+        leases = reader.daemon._leases
+        room, leases._fills_max_bytes = leases._fills_max_bytes, 0
+        them.origin.forget()
+        for _ in range(3):
+            for number in foreign:
+                got = await reader.read("b", "k", block_of(number))
+                assert got.body == LARGE[number * BLOCK : (number + 1) * BLOCK]
+        assert them.origin.requests == []
+        leases._fills_max_bytes = room
+
+
 # --- views ------------------------------------------------------------------------------------------------------------------
 
 
@@ -592,6 +613,24 @@ async def test_workers_of_all_nodes_ask_the_origin_once_for_all(tmp_path: Path, 
                 await them.settled()
             assert sorted(start for start, _ in them.gets(key)) == list(range(0, len(body), BLOCK))
             assert them.origin.count(key=key) == len(them.gets(key))
+
+
+async def test_nodes_of_different_block_sizes(tmp_path: Path) -> None:
+    """A mistake in the configuration costs requests, and no byte."""
+    async with PeerCluster(tmp_path, rules=rules("always"), each=lambda at: {"block_bytes": BLOCK << at}) as them:
+        for size in (0, 1000, 40_000, BLOCK, BLOCK + 1, 3 * BLOCK, len(LARGE)):
+            key = f"k{size}"
+            them.origin.put("b", key, LARGE[:size])
+            for _ in range(2):
+                assert all(each.body == LARGE[:size] for each in await them.read_all("b", key))
+            await them.settled()
+
+
+async def test_a_refusal_that_is_always_asked_for_reaches_all_workers(tmp_path: Path) -> None:
+    async with PeerCluster(tmp_path, rules=rules("hot", ALWAYS), workers=2) as them:
+        workers = [(node, at) for node in them.nodes for at in range(2)] * 6
+        got = await asyncio.gather(*(n.read("b", "none", worker=at) for n, at in workers), return_exceptions=True)
+        assert all(isinstance(each, OriginRefused) and each.status == 404 for each in got)
 
 
 @pytest.mark.parametrize("body", [SMALL, MIDDLE, LARGE])
