@@ -938,17 +938,27 @@ def test_one_who_went_late_before_its_lease_ran_out_has_passed_nothing_either() 
 # --- trust ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("last", ["our line", "its line"])
 @pytest.mark.parametrize("membership", list(Membership))
-def test_nothing_is_trusted_before_every_line_stands_both_ways(membership: Membership) -> None:
+def test_nothing_is_trusted_before_every_line_stands_both_ways(membership: Membership, last: str) -> None:
     s = Script("a", "h", membership=membership, lines=False)
-    commands = s.up("a") + s.heard("a") + s.renew("a") + s.up("h")
+    commands = s.up("a") + s.heard("a") + s.renew("a")
+    commands += s.up("h") if last == "its line" else s.heard("h") + s.renew("h")
     if membership is CONTROL:
         commands += s.stood()
     assert trusts(commands) == []
     assert not s.c.complete
-    s.heard("h")
+    commands = s.heard("h") + s.renew("h") if last == "its line" else s.up("h")
     assert s.c.complete
-    assert trusts(s.renew("h")) == [s.now + LEASE_S if membership is STATIC else s.now + 0.9 * MEMBER_LEASE_S]
+    assert trusts(commands)[-1] == s.now + (LEASE_S if membership is STATIC else 0.9 * MEMBER_LEASE_S)
+
+
+def test_nothing_is_trusted_before_its_own_hello_was_welcomed() -> None:
+    s = Script("a", lines=False)
+    s.heard("a")
+    s.c.greet("a")
+    assert trusts(s.renew()) == []
+    assert trusts(s.c.welcomed("a", 0, s.now)) == [s.now + LEASE_S]
 
 
 def test_complete_it_stays_when_lines_break() -> None:
@@ -1130,6 +1140,30 @@ def test_control_nor_for_what_it_did_while_we_did_not_look() -> None:
     s.stood("a")
     assert s.c.trusted_until() <= s.now
     assert len(epochs(s.view(version=2))) == 1
+
+
+def test_control_nor_for_what_it_did_after_we_looked_last() -> None:
+    """Others tell of the view; our own look at who is late is from long ago."""
+    s = Script("a", "h", membership=CONTROL)
+    s.renew()
+    s.c.left("a")
+    s.now = 1006.0
+    s.stood("a")
+    s.now = 1040.0
+    assert len(epochs(s.view("h", version=2))) == 1
+
+
+def test_control_one_that_came_back_cannot_have_passed_over_us_since_we_looked_last() -> None:
+    """It waits for a long lease before it does, and was not there when we looked."""
+    s = Script("a", membership=CONTROL)
+    s.renew()
+    s.c.left("a")
+    s.now += 4
+    s.view("a", version=3, since=s.now - 2, a=2)
+    while s.now < 1016:
+        s.now += 1
+        s.stood()
+    assert s.c.trusted_until() == 1002 + LONG_S
 
 
 def test_alone_in_the_store_it_trusts_as_long_as_it_is_a_member() -> None:
