@@ -112,11 +112,21 @@ class Write:
     orphan: bool = False
 
 
+@dataclass(frozen=True)
+class Answered:
+    """The latest write of a key that was answered. by: through whom. known: of whom that node knew, when the store was away
+    from it; None: of all."""
+
+    version: int = 0
+    by: str = ""
+    known: frozenset[str] | None = None
+
+
 @dataclass
 class Read:
     node: str
     key: int
-    floor: int
+    floor: Answered
     step: str = "look"
     value: Any = 0
     home: str = ""
@@ -145,8 +155,7 @@ class Model:
         self.now = 100.0
         self.fresh = itertools.count(1)
         self.origin = [0] * SLOTS
-        self.answered = [0] * SLOTS
-        self.answered_by = [""] * SLOTS
+        self.answered = [Answered()] * SLOTS
         self.store_version = 1
         self.rows: dict[str, tuple[Member, float]] = {}
         self.nodes: dict[str, Node] = {}
@@ -491,19 +500,26 @@ class Model:
         self.do(node, node.c.end(write.number, self.clock(node), self.rng.choice(WAITS_S)))
 
     def begin_write(self, name: str) -> None:
-        node, key = self.nodes[name], self.rng.randrange(SLOTS)
-        if node.works:
-            self.bump(node, (key,))
-            self.writes.append(Write(name, key))
-            if node.runs and node.coherence is not None:
-                self.tell_begun(node, self.writes[-1])
+        if self.nodes[name].works:
+            self.begin(name, self.rng.randrange(SLOTS))
+
+    def begin(self, name: str, key: int) -> Write:
+        node, write = self.nodes[name], Write(name, key)
+        self.bump(node, (key,))
+        self.writes.append(write)
+        if node.runs and node.coherence is not None:
+            self.tell_begun(node, write)
+        return write
+
+    def carry_out(self, write: Write) -> None:
+        self.origin[write.key] += 1
+        write.version = self.origin[write.key]
 
     def step_write(self, write: Write) -> None:
         node = self.nodes[write.node]
         told = node.runs and node.coherence is not None
         if write.version is None:
-            self.origin[write.key] += 1
-            write.version = self.origin[write.key]
+            self.carry_out(write)
             if write.orphan:
                 self.writes.remove(write)
         elif not node.works:
@@ -531,8 +547,9 @@ class Model:
             if write.node == node.name and write.number == command.number:
                 if command.ok:
                     assert write.version is not None
-                    if write.version > self.answered[write.key]:
-                        self.answered[write.key], self.answered_by[write.key] = write.version, node.name
+                    if write.version > self.answered[write.key].version:
+                        known = None if self.in_store(node) else frozenset(node.c.wanted)
+                        self.answered[write.key] = Answered(write.version, node.name, known)
                 self.count("answered" if command.ok else "refused")
                 self.writes.remove(write)
                 return
@@ -609,17 +626,24 @@ class Model:
     def finish(self, read: Read, version: int, how: str) -> None:
         self.reads.remove(read)
         self.count(how)
-        if version < read.floor and self.told(self.nodes[read.node], read.key):
-            raise Violation(f"{read.node} read version {version} of {read.key} ({how}), {read.floor} had been answered")
+        if version >= read.floor.version:
+            return
+        if self.strangers(self.nodes[read.node], read.floor):
+            self.count("limit")
+            return
+        raise Violation(f"{read.node} read version {version} of {read.key} ({how}), {read.floor} had been answered")
 
-    def told(self, node: Node, key: int) -> bool:
-        """False: it is one of the limits that docs/consistency.md names: without the store a node goes on trusting by those
-        whom it knows, and who has written came after that."""
-        c, writer = node.last, self.answered_by[key]
-        if self.static or c is None or c._member_until > self.clock(node) or writer in c.wanted or writer == node.name:
-            return True
-        self.count("limit")
-        return False
+    def strangers(self, node: Node, written: Answered) -> bool:
+        """A limit that docs/consistency.md names: who has lost the store goes on with those whom he knows, and so may not
+        hear of who joins meanwhile, nor the other of him."""
+        if written.by == node.name or node.last is None:
+            return False
+        unheard = not self.in_store(node) and written.by not in node.last.wanted
+        return unheard or (written.known is not None and node.name not in written.known)
+
+    def in_store(self, node: Node) -> bool:
+        """Its own row holds, as it knows."""
+        return self.static or (node.last is not None and node.last._member_until > self.clock(node))
 
     # --- the course of things
 
