@@ -430,7 +430,7 @@ async def test_a_write_that_one_node_cannot_hear_of_waits_for_its_lease_and_is_a
 
 async def test_a_write_that_not_all_can_be_told_of_in_time_is_answered_503(tmp_path: Path) -> None:
     """And seen by all when they have been told, however old what they were told of it meanwhile."""
-    settings = {"lease_s": 20.0, "write_wait_s": 0.2}
+    settings = {"lease_s": 1.0, "write_wait_s": 0.1}
     async with PeerCluster(tmp_path, 2, rules=rules("always"), hub=True, cluster=settings) as them:
         writer, other = them.nodes
         key = them.key_at(other)
@@ -444,7 +444,6 @@ async def test_a_write_that_not_all_can_be_told_of_in_time_is_answered_503(tmp_p
             with pytest.raises(S3Error) as refused:
                 await write(writer, them, key, b"new")
         assert refused.value.code == "ServiceUnavailable" and "Retry-After" in refused.value.headers
-        assert not writer.carrier._writes
         await them.read_all("b", key)
         await them.settled()
         lines.tell = tell  # type: ignore[method-assign]
@@ -492,7 +491,6 @@ async def test_a_client_that_leaves_while_its_write_is_told_takes_nothing_back(t
                 await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])
-            assert not writer.carrier._writes
             await write(writer, them, "other", b"")  # what was told before has been heard by now
             assert (await reader.read("b", "k")).body == body
 
