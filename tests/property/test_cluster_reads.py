@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -300,12 +301,49 @@ async def carry_out(history: list[Any], count: int, policy: Policy, patience_s: 
                 await model.end()
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(
-    histories,
-    st.integers(2, 4),
-    st.sampled_from(["never", "hot", "always"]),
-    st.sampled_from([10.0, 0.0005]),
+examples = given(
+    histories, st.integers(2, 4), st.sampled_from(["never", "hot", "always"]), st.sampled_from([10.0, 0.0005])
 )
+too_large = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+@settings(max_examples=15, suppress_health_check=too_large)
+@examples
 def test_what_is_read_is_one_versions_bytes(history: list[Any], count: int, policy: Policy, patience_s: float) -> None:
     asyncio.run(carry_out(history, count, policy, patience_s))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@settings(max_examples=400, suppress_health_check=too_large)
+@examples
+def test_many_more_histories(history: list[Any], count: int, policy: Policy, patience_s: float) -> None:
+    asyncio.run(carry_out(history, count, policy, patience_s))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["never", "hot", "always"])
+async def test_reads_from_stores_that_are_too_small(tmp_path: Path, policy: Policy) -> None:
+    """Blocks are evicted while they are read, sent to peers, and copied from them."""
+    chance = random.Random(68)
+    rules = (Rule(match="*", local_copy=policy, freshness=FRESH_S),)
+    small = {"size_bytes": 13 << 20, "segment_bytes": 256 << 10, "index_bytes": 1 << 20}
+    async with PeerCluster(tmp_path, rules=rules, workers=2, patience_s=0.005, **small) as them:
+        bodies = {}
+        for at in range(60):
+            bodies[f"k{at}"] = _POOL[at : at + chance.choice([500, 5000, 40_000, BLOCK, BLOCKS_MAX * BLOCK])]
+            them.origin.put("b", f"k{at}", bodies[f"k{at}"])
+
+        async def read(times: int) -> None:
+            for _ in range(times):
+                key = chance.choice(list(bodies))
+                start = chance.randrange(len(bodies[key]))
+                last = chance.randrange(start, len(bodies[key]))
+                spec = chance.choice([None, RangeSpec(start, last), RangeSpec(start, None)])
+                got = await chance.choice(them.nodes).read("b", key, want=Want(range=spec), worker=chance.randrange(2))
+                begin, end = (0, len(bodies[key])) if spec is None else ranges.resolve(spec, len(bodies[key]))
+                assert got.body == bodies[key][begin:end], (key, spec)
+
+        await asyncio.gather(*(read(100) for _ in range(12)))
+        stats = [await node.daemon._keeper.stats() for node in them.nodes]
+        assert all(each.evicted_blocks > 100 for each in stats)  # type: ignore[union-attr]
