@@ -18,6 +18,7 @@ from kos.config_values import show_duration, show_freshness
 from kos.rules import Match, Rules
 from koscache.content import Freshness, Record, block_count, is_immutable, judge, rule_of, version_name
 from koscache.fence import Fence
+from koscache.inventory import runs_of
 from koscache.reader import Reader
 
 #: a terabyte in 8 MiB blocks has 131072; more runs than this help nobody
@@ -83,7 +84,7 @@ def explain_object(
             "block_bytes": block_bytes,
             "count": count,
             "cached": len(cached),
-            "cached_runs": _runs(cached)[:RUNS_MAX],
+            "cached_runs": runs_of(cached)[:RUNS_MAX],
         }
     answer["next_get"] = _next_get(record, freshness, whole, match, reader.fence)
     return answer
@@ -97,17 +98,6 @@ def _rule(match: Match) -> dict[str, Any]:
         "stale_if_error": show_duration(match.rule.stale_if_error_s),
         "why": match.why,
     }
-
-
-def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """Half-open runs of consecutive numbers: [0, 1, 2, 5] -> [(0, 3), (5, 6)]."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number:
-            runs[-1] = (runs[-1][0], number + 1)
-        else:
-            runs.append((number, number + 1))
-    return runs
 
 
 def _next_get(record: Record | None, freshness: Freshness, whole: bool, match: Match, fence: Fence) -> str:

@@ -87,12 +87,13 @@ class Body:
         self._looking = False  # whether blocks ahead are asked for
         self._step: AsyncGenerator[Piece, None] | None = None
         self._fruitless = 0
-        self._must_pass: PassReason | None = None
+        self._must_pass: PassReason | _Elsewhere | None = None
         self._upstream = context.upstream
         # For a peer, or with nobody to ask: other nodes have no part in it.
         self._direct = direct or context.upstream.alone
         self._serves = direct
         self._not_there = -1  # a block that no other node could give
+        self._down: OriginUnavailable | None = None  # the origin, as this node found it
         self.origin_requests = 0
 
     def __aiter__(self) -> Body:
@@ -123,7 +124,12 @@ class Body:
                 self._step = None
                 self._progress(before, error)
             except OriginUnavailable as error:
-                raise service_unavailable(error.reason, error.retry_after_s) from error
+                self._step = None
+                number = self._position // self._block_bytes
+                if self._direct or number == self._not_there:
+                    raise service_unavailable(error.reason, error.retry_after_s) from error
+                # For this node, perhaps not for others. The reader asks them, not the fill: no fill waits for another node's.
+                self._down = error
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
@@ -158,7 +164,7 @@ class Body:
         source: Location | Growing | PassReason | _Elsewhere | None = self._must_pass
         self._must_pass = None
         if source is None:
-            source = await self._source(number)
+            source = _ELSEWHERE if self._down is not None else await self._source(number)
         if isinstance(source, Location):
             return self._from_store(number, source)
         if isinstance(source, Growing):
@@ -210,13 +216,13 @@ class Body:
                 async with asyncio.timeout(self._context.cache.ipc_timeout_s):
                     source = await asyncio.shield(asked)
             except TimeoutError:
-                return PassReason.BUSY
+                return _ELSEWHERE if remote else PassReason.BUSY
             if source is None or (source is PassReason.FIRST_TOUCH and not self._touch):
                 continue
             if source is PassReason.FILLS_MAX and attempt == 0:
                 continue  # perhaps the answer to somebody's looking ahead, which may take less than who waits
-            return source
-        return PassReason.BUSY
+            return _ELSEWHERE if remote and isinstance(source, PassReason) else source
+        return _ELSEWHERE if remote else PassReason.BUSY
 
     def _look_ahead(self, number: int) -> None:
         """Has the blocks of the window brought while this one is sent: a long link is filled by many connections."""
@@ -290,7 +296,10 @@ class Body:
             raise
         if response is None:
             self._not_there = number
+            if self._down is not None:
+                raise self._down
             return
+        self._down = None
         try:
             piece = response.stream(end - self._position)
             yield piece
@@ -340,7 +349,7 @@ class Body:
         if outcome is BlockOutcome.UNAVAILABLE:
             raise OriginUnavailable("no answer to the fill that was followed", retry_after_s=growing.retry_after_s)
         if outcome is BlockOutcome.DISK_FAILED:
-            self._must_pass = PassReason.STORE_REFUSED
+            self._must_pass = _ELSEWHERE if not growing.to_origin else PassReason.STORE_REFUSED
 
     async def _pass(self, number: int, reason: PassReason) -> AsyncGenerator[Piece, None]:
         """Bytes from the origin to this client, uncached."""

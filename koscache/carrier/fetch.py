@@ -150,12 +150,4 @@ async def fetch_block(
             theirs = None  # there, perhaps not here
         if theirs is not None:
             return theirs
-    try:
-        return await fetch(context, bucket, key, record, start, stop, on_request)
-    except OriginUnavailable:
-        if direct or remote:
-            raise
-        theirs = await upstream.ask_owners(bucket, key, record, start, stop, fill=True)
-        if theirs is None:
-            raise
-        return theirs
+    return await fetch(context, bucket, key, record, start, stop, on_request)

@@ -153,18 +153,18 @@ class Fill:
                 raise OriginBroken(f"{len(body)} bytes instead of {length}")
             return body
 
-        for attempt_number in range(self._context.config.origin.retries + 1):
+        attempts = 0
+        while True:
             try:
                 body = await attempt()
             except (OriginBroken, OriginUnavailable, OriginRefused, Changed) as error:
-                await self._failed_attempt(error, attempt_number)
+                attempts += await self._failed_attempt(error, attempts)
             else:
                 if self._member is None:
                     metrics.BYTE_COUNTS.add(("origin",), length)
                 self._growing.body = body
                 self._growing.advance(length)
                 return body_checksum(body)
-        raise AssertionError("the last attempt raises")
 
     async def _receive(self, extent: Extent) -> int:
         context, length = self._context, self._growing.length
@@ -187,7 +187,8 @@ class Fill:
 
     async def _receive_into(self, sink: FileSink) -> None:
         length = self._growing.length
-        for attempt_number in range(self._context.config.origin.retries + 1):
+        attempts = 0
+        while True:
             try:
                 response = await self._answer(sink.received_bytes)
                 sink.source = None if isinstance(response, PeerResponse) else "origin"
@@ -203,7 +204,7 @@ class Fill:
             except (OriginBroken, OriginUnavailable, OriginRefused, Changed) as error:
                 await sink.flush()  # raises OSError when it was the disk that broke it off
                 sink.release()
-                await self._failed_attempt(error, attempt_number)
+                attempts += await self._failed_attempt(error, attempts)
 
     async def _answer(self, position: int) -> Response:
         """The answer that was brought along, or a new one from `position` of the block on."""
@@ -218,8 +219,9 @@ class Fill:
             self._member, self._expected = response.member, checksum_of(response)
         return response
 
-    async def _failed_attempt(self, error: Exception, attempt_number: int) -> None:
-        """Waits and returns when another attempt makes sense, else raises _Ended."""
+    async def _failed_attempt(self, error: Exception, attempts: int) -> int:
+        """Waits and returns when another attempt makes sense, else raises _Ended. attempts: before this one. How many attempts
+        at the origin this one was: one, or none."""
         growing, origin = self._growing, self._context.config.origin
         if isinstance(error, Changed):
             self._context.forget(self._bucket, self._key, self._record)
@@ -233,12 +235,13 @@ class Fill:
             growing.retry_after_s = error.retry_after_s
         if self._member is not None and not self._direct:
             self._direct = True  # another node broke off: its word that it is well is worth little now
-            return
-        if attempt_number >= origin.retries:
+            return 0
+        if attempts >= origin.retries:
             raise _Ended(BlockOutcome.UNAVAILABLE, str(error)) from error
         clock = self._context.clock
-        pause = min(origin.retry_base_s * 2**attempt_number, _PAUSE_MAX_S)
+        pause = min(origin.retry_base_s * 2**attempts, _PAUSE_MAX_S)
         await clock.sleep(clock.jitter(pause / 2, pause))
+        return 1
 
 
 def _open(path: str) -> int:

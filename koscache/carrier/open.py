@@ -38,7 +38,7 @@ from koscache.carrier.fetch import refused, service_unavailable
 from koscache.carrier.first import First, Kind, is_small, is_weak, plan
 from koscache.carrier.ticket import Ticket
 from koscache.carrier.types import Opened, Phase, Reason, Want
-from koscache.content import Freshness, Record, block_count, body_checksum, judge, split_name
+from koscache.content import Freshness, Record, block_count, body_checksum, judge, rule_of, split_name
 from koscache.ipc import OpenOutcome, Refusal
 from koscache.leases import NO_LEASE
 
@@ -122,8 +122,7 @@ class Opener:
                 if not _lacks_checksums(record, want):
                     return self._found(bucket, key, want, record, age_s, requests)
                 why, usable = Reason.CHECKSUMS, record
-            # A node that may not trust its own records does not ask for others' either: the origin vouches for itself.
-            to_origin = direct or upstream.alone or upstream.at_home(bucket, key) or not context.reader.fence.trusted()
+            to_origin = direct or upstream.alone or upstream.at_home(bucket, key)
             flight, mine = self._join(bucket, key, fence, record, want, why, to_origin, insist=attempt > 0)
             try:
                 answer = await asyncio.shield(flight.landed)
@@ -229,6 +228,10 @@ class Opener:
             return stale_opened
         if outcome is OpenOutcome.STORED and record is not None:
             fresh = rule.freshness == math.inf or record.validated_at + rule.freshness >= arrived
+            if answer.phase is not None and not fresh and answer.asked_at is not None and answer.asked_at >= arrived:
+                # This node may not trust what it knows; the home, asked since, may, or has asked the origin.
+                real = rule_of(self._context.rules, flight.bucket, flight.key)
+                fresh = real.freshness != ALWAYS and record.validated_at + real.freshness >= arrived
             if not fresh or (_lacks_checksums(record, want) and (answer.renewed or not mine)):
                 if mine and answer.ticket is not None:
                     answer.ticket.disown()

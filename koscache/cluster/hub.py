@@ -243,6 +243,7 @@ class Hub:
             self._new_epoch("this node was no member for a while")
             self._fence.incarnation = me.incarnation
             self._before = None
+            self._daemon = secrets.randbits(63)
         self._begin_coherence(after_crash=resumed and self._before is None)
         self._begin_again()
         self.seen(view, -math.inf)
