@@ -379,6 +379,10 @@ class Opener:
                 flight.bucket, flight.key, flight.fence, flight.known, flight.want
             )
             if answer is not None and answer.outcome is not OpenOutcome.UNAVAILABLE:
+                known, record = flight.known, answer.record
+                if known is not None and record is not None and record.fence == 0 and record.content != known.content:
+                    # For this question alone, and yet enough to know that ours is not the version any more.
+                    self._context.forget(flight.bucket, flight.key, known)
                 if answer.outcome is OpenOutcome.STORED and answer.fills and not flight.alone:
                     await find_block(
                         self._context, answer, border=answer.ticket is not None and answer.ticket.start == 0
