@@ -44,6 +44,8 @@ from koscache.leases import NO_LEASE
 
 #: How often an open looks again before it says "try later": a key that is written all the time fences every record.
 _ATTEMPTS = 8
+#: Turns in which the key's home is asked.
+_VIA_HOME_MAX = 3
 #: So many blocks are looked at to tell a hit from a miss in x-kos-cache.
 _LOOKED_AT_BLOCKS = 16
 #: What a refusal without a document says beside its status.
@@ -122,7 +124,8 @@ class Opener:
                 if not _lacks_checksums(record, want):
                     return self._found(bucket, key, want, record, age_s, requests)
                 why, usable = Reason.CHECKSUMS, record
-            to_origin = direct or upstream.alone or upstream.at_home(bucket, key)
+            # After a few turns without a use for it what others say is no help, whatever is wrong with it.
+            to_origin = direct or upstream.alone or upstream.at_home(bucket, key) or attempt >= _VIA_HOME_MAX
             flight, mine = self._join(bucket, key, fence, record, want, why, to_origin, insist=attempt > 0)
             try:
                 answer = await asyncio.shield(flight.landed)
