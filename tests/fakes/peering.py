@@ -16,6 +16,7 @@ Faults of a peer port: node.fault(times=1, path=None, <what>) -> Fault; the firs
   status   answers that, with `failed`
   stall=n  sends the head and n bytes of the body and stops there (-1: before the head) until fault.end()
   cut=n    sends the head and n bytes of the body, and closes (-1: before the head)
+  late=True works out the answer, and keeps it until fault.end()
   garble=n flips the bits of byte n of the body; the checksum that it says is the right one
 What was asked: node.questions, a list of (path, question); node.asked: its own requests to the origin.
 
@@ -150,6 +151,7 @@ class Fault:
     stall: int | None = None
     cut: int | None = None
     garble: int | None = None
+    late: bool = False
     used: int = 0
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _met: asyncio.Event = field(default_factory=asyncio.Event)
@@ -175,6 +177,8 @@ class Fault:
             await self._stand()
         elif self.cut == -1:
             raise ConnectionResetError("cut")
+        elif self.late:
+            self._keep(exchange)
         else:
             self._spoil(exchange)
         return False
@@ -182,6 +186,25 @@ class Fault:
     async def _stand(self) -> None:
         self._met.set()
         await self._ended.wait()
+
+    def _keep(self, exchange: Exchange) -> None:
+        write, relay, finish = exchange.write, exchange.relay, exchange.finish
+
+        async def late_write(data: bytes) -> None:
+            await self._stand()
+            await write(data)
+
+        async def late_relay(piece: FilePiece) -> None:
+            await self._stand()
+            await relay(piece)
+
+        async def late_finish() -> None:
+            await self._stand()
+            await finish()
+
+        exchange.write = late_write  # type: ignore[method-assign]
+        exchange.relay = late_relay  # type: ignore[method-assign, assignment]
+        exchange.finish = late_finish  # type: ignore[method-assign]
 
     def _spoil(self, exchange: Exchange) -> None:
         """The body goes through here from now on."""

@@ -223,6 +223,70 @@ async def test_without_trust_no_refusal_from_before_is_believed(tmp_path: Path) 
             node.questions.clear()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("body", [SMALL, OLD, b""])
+async def test_without_trust_no_answer_of_the_home_from_before_is_believed(
+    tmp_path: Path, workers: int, body: bytes
+) -> None:
+    """The home's answer is late; a write that the home hears of, and this node does not, is answered meanwhile."""
+    async with PeerCluster(tmp_path, rules=rules("always"), workers=workers) as them:
+        them.origin.put("b", "k", body)
+        await them.read_all("b", "k")
+        await them.settled()
+        home, _, other = them.order("b", "k")
+        other.trust(False)
+        fault = home.fault(path=wire.OBJECT, late=True)
+        first = asyncio.ensure_future(other.read("b", "k"))
+        await fault.met()
+        them.origin.put("b", "k", b"new")
+        home.reader.fence.bump(home.reader.fence.slot("b", "k"))
+        second = [asyncio.ensure_future(other.read("b", "k", worker=at)) for at in range(workers) for _ in range(3)]
+        await asyncio.sleep(0)
+        fault.end()
+        assert (await first).body in (body, b"new")
+        assert {each.body for each in await asyncio.gather(*second)} == {b"new"}
+
+
+async def test_what_came_without_trust_is_not_used_when_it_is_back(tmp_path: Path) -> None:
+    """Unless nothing was missed: then the slot is as it was, and says so."""
+    async with PeerCluster(tmp_path, rules=rules("always")) as them:
+        them.origin.put("b", "k", SMALL)
+        home, _, other = them.order("b", "k")
+        other.trust(False)
+        assert (await other.read("b", "k")).body == SMALL
+        await them.settled()
+        them.origin.put("b", "k", b"new")
+        for node in them.nodes:
+            # What a daemon does when it hears of what it has missed.
+            node.reader.fence.bump(node.reader.fence.slot("b", "k"))
+        other.trust()
+        assert all(each.body == b"new" for each in await them.read_all("b", "k"))
+        assert home.record("k") is not None
+
+
+async def test_a_write_that_is_heard_of_while_the_home_answers(tmp_path: Path) -> None:
+    """A reader who comes after it gets an answer of his own, from a home that has heard of it as well."""
+    async with PeerCluster(tmp_path, rules=rules("always")) as them:
+        for key, body in (("small", SMALL), ("k", OLD)):
+            them.origin.put("b", key, body)
+            home, _, other = them.order("b", key)
+            await home.read("b", key)
+            await them.settled()
+            fault = home.fault(path=wire.OBJECT, late=True)
+            first = asyncio.ensure_future(other.read("b", key))
+            await fault.met()
+            them.origin.put("b", key, body[::-1])
+            for node in them.nodes:
+                node.reader.fence.bump(node.reader.fence.slot("b", key))
+            second = asyncio.ensure_future(other.read("b", key))
+            assert (await second).body == body[::-1]
+            fault.end()
+            assert (await first).body in (body, body[::-1])
+            await them.settled()
+            got = await other.read("b", key)
+            assert got.body == body[::-1], "what the first one was told is not kept"
+
+
 async def test_without_trust_no_page_of_a_listing_counts(tmp_path: Path) -> None:
     async with PeerCluster(tmp_path, 2) as them:
         node = them.nodes[0]
