@@ -190,6 +190,7 @@ class Model:
         """A daemon, of a machine that may have been off: then its fence is new."""
         node = self.nodes[name]
         assert node.dead
+        new = node.off or node.daemon == 0  # its fence
         if node.off:
             node.values = [next(self.fresh) for _ in range(SLOTS)]
             node.trust_until, node.epoch, node.incarnation, node.off = 0.0, next(self.fresh), 0, False
@@ -200,15 +201,15 @@ class Model:
         node.left, node.numbers = None, next(self.fresh) << 32
         if self.static:
             node.member = self.rows[name][0]
-            self.begin_coherence(node)
+            self.begin_coherence(node, after_crash=not new and node.before is None)
             self.see(node, self.view(), -math.inf)
         else:
             node.course = self.course(node)
 
-    def begin_coherence(self, node: Node) -> None:
+    def begin_coherence(self, node: Node, *, after_crash: bool) -> None:
         node.coherence = node.last = Coherence(
             node.name, self.membership, LEASE_S, member_lease_s=MEMBER_LEASE_S,
-            trusted_until=node.trust_until, before=node.before, first=node.numbers,
+            trusted_until=node.trust_until, before=node.before, after_crash=after_crash, first=node.numbers,
         )  # fmt: skip
         node.before = None
 
@@ -338,7 +339,7 @@ class Model:
         if not resumed:
             node.trust_until = node.vouch_until = 0.0
             node.epoch, node.incarnation, node.before = next(self.fresh), member.incarnation, None
-        self.begin_coherence(node)
+        self.begin_coherence(node, after_crash=resumed and node.before is None)
         for write in self.writes:
             if write.node == node.name and write.number:
                 self.tell_begun(node, write)
@@ -478,6 +479,8 @@ class Model:
                 self.count("epochs")
             elif isinstance(command, co.Trust):
                 node.trust_until = node.vouch_until = command.until
+            elif isinstance(command, co.Restart):
+                self.cut(node.name, command.member, node.name)
             elif isinstance(command, co.Ended):
                 self.write_ended(node, command)
 
