@@ -20,14 +20,15 @@ The order of a read:
 
 The order of a write:
 
-    async with carrier.writing(bucket, keys, versions=keys_whose_versions_it_may_change):
+    async with carrier.writing(bucket, keys, versions=keys_whose_versions_it_may_change) as writing:
         ... the origin request, until its answer is here ...
+        writing.end_known = ... whether the origin is done with it ...
 
 A key is everywhere here the name of an object: a client's key for the current one, version_name() for a version.
 """
 
 from koscache.carrier.body import Body
-from koscache.carrier.carrier import Carrier, CarrierStats
+from koscache.carrier.carrier import Carrier, CarrierStats, Writing
 from koscache.carrier.peers import Peers
 from koscache.carrier.types import (
     BytesPiece,
@@ -64,5 +65,6 @@ __all__ = [
     "StreamPiece",
     "TouchMap",
     "Want",
+    "Writing",
     "version_name",
 ]

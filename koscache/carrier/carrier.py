@@ -78,6 +78,14 @@ class CarrierStats:
 
 
 @dataclass(slots=True, eq=False)
+class Writing:
+    """A write under way, for who carries it out. end_known: False when its answer is here and says nothing of an earlier attempt,
+    or is that it failed, so that the origin may still carry it out."""
+
+    end_known: bool = True
+
+
+@dataclass(slots=True, eq=False)
 class _Write:
     """A write under way, or one whose end is unknown. until: monotonic seconds, when it must have ended. tokens: under
     which the daemon was told of it. slots: of the fence."""
@@ -349,7 +357,7 @@ class Carrier:
     @contextlib.asynccontextmanager
     async def writing(
         self, bucket: str, keys: Sequence[str], *, versions: Collection[str] = (), bucket_itself: bool = False
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Writing]:
         """Around the origin request of a write, from before it until its answer is here.
 
         keys: whose current object (and null version) the write may change. versions: those keys of which it may change or
@@ -359,7 +367,8 @@ class Carrier:
         Afterwards no record of these that was validated before counts, in any worker, and no page of a listing that may
         show one of the keys (or is of the bucket, if bucket_itself), on any node: it raises S3Error ServiceUnavailable if not
         all nodes of a cluster can be told in time. When it is left by an exception
-        or cancellation the origin may still carry the write out, so the fence is passed once more when it must have ended.
+        or cancellation, or its end is unknown, the origin may still carry the write out, so the fence is passed once more when
+        it must have ended.
         """
         fence = self._reader.fence
         passed = {fence.slot(bucket, key) for key in keys} | fence.directory_slots(bucket, keys)
@@ -372,17 +381,20 @@ class Carrier:
         write = _Write(0.0, self._tell_begun(slots), slots)
         self._writes.add(write)
         ended = False
+        writing = Writing()
         try:
-            yield
+            yield writing
         except S3Error as refused:
             # What kos itself refused (a checksum, a length) never was a whole request for the origin.
             ended = refused.status < 500
             raise
         else:
             self._bump(slots)
-            if self._write_wait_s is not None:
+            if self._write_wait_s is not None and writing.end_known:
                 await self._heard_everywhere(write, self._write_wait_s)
-            ended = True
+            elif self._write_wait_s is not None:
+                await self._pass_everywhere(slots, self._write_wait_s)
+            ended = writing.end_known
         finally:
             self._bump(slots)
             if ended:
@@ -394,6 +406,15 @@ class Carrier:
                 self._unsettled_slots += len(slots)
                 while len(self._unsettled) > _UNSETTLED_MAX or self._unsettled_slots > _UNSETTLED_SLOTS_MAX:
                     self._settle()
+
+    async def _pass_everywhere(self, slots: list[int], wait_s: float) -> None:
+        """As _heard_everywhere(), of a write that goes on: what was answered so far every node is to have heard of."""
+        passing = _Write(0.0, self._tell_begun(slots), slots)
+        self._writes.add(passing)
+        try:
+            await self._heard_everywhere(passing, wait_s)
+        finally:
+            self._tell_ended(passing)
 
     async def _heard_everywhere(self, write: _Write, wait_s: float) -> None:
         """Returns when every node of the cluster has heard of the write. Raises S3Error when not within wait_s."""

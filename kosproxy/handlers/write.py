@@ -37,10 +37,11 @@ _LOOKS_WITH: Final = (
 _TOLD: Final = frozenset({"x-amz-expiration", "x-amz-request-charged", "x-amz-version-id"})
 
 
-class _EndUnknown(Exception):
-    """Leaves the fence as something broken off would: the origin, or a proxy before it, says that a write failed, or did
-    not say of an earlier attempt what became of it. It may still carry that out, so the cache may not trust for ever what
-    it reads until then."""
+def _end_known(failed: bool, attempts: int) -> bool:
+    """Whether the origin is done with a write. Not if it, or a proxy before it, says that the write failed, or did not say of
+    an earlier attempt what became of it: it may still carry that out, so the cache may not trust for ever what it reads until
+    then."""
+    return not failed and attempts == 1
 
 
 async def write(exchange: Exchange, operation: Operation, identity: Identity) -> None:
@@ -63,23 +64,23 @@ async def _relay(
     held = b""
     gone: ConnectionError | None = None
     bucket_itself = operation.key is None and operation.op is not Op.DeleteObjects
-    with contextlib.suppress(_EndUnknown):
-        async with (
-            exchange.parts.carrier.writing(operation.bucket, keys, versions=versions, bucket_itself=bucket_itself),
-            await ask(exchange, operation, request) as response,
-        ):
-            relay_head(exchange, response)
-            if exchange.has_body(response.status):
-                async for data in response.pieces():
-                    if held and gone is None:
-                        try:
-                            await exchange.write(held)
-                        except ConnectionError as error:
-                            # Nobody listens any more, but how it ends still decides when the fence is passed.
-                            gone = error
-                    held = data
-            if response.status in GAVE_UP or response.attempts > 1:
-                raise _EndUnknown
+    async with (
+        exchange.parts.carrier.writing(
+            operation.bucket, keys, versions=versions, bucket_itself=bucket_itself
+        ) as writing,
+        await ask(exchange, operation, request) as response,
+    ):
+        relay_head(exchange, response)
+        if exchange.has_body(response.status):
+            async for data in response.pieces():
+                if held and gone is None:
+                    try:
+                        await exchange.write(held)
+                    except ConnectionError as error:
+                        # Nobody listens any more, but how it ends still decides when the fence is passed.
+                        gone = error
+                held = data
+        writing.end_known = _end_known(response.status in GAVE_UP, response.attempts)
     if gone is not None:
         raise gone
     await exchange.write(held)
@@ -100,11 +101,9 @@ async def _wait_for(
         return answer
 
     try:
-        with contextlib.suppress(_EndUnknown):
-            async with exchange.parts.carrier.writing(operation.bucket, keys, versions=versions):
-                answer = await waiting.wait(answering, operation.op.name)
-                if answer.failed or answer.attempts > 1:
-                    raise _EndUnknown
+        async with exchange.parts.carrier.writing(operation.bucket, keys, versions=versions) as writing:
+            answer = await waiting.wait(answering, operation.op.name)
+            writing.end_known = _end_known(answer.failed, answer.attempts)
     except (S3Error, OriginError) as failure:
         await waiting.fail(failure)
     else:

@@ -30,6 +30,7 @@ from koscache.carrier import (
     Record,
     Sight,
     Want,
+    Writing,
 )
 from koscache.content import Location, make_record
 from koscache.reader import Found
@@ -154,13 +155,14 @@ class FakeCarrier:
     @contextlib.asynccontextmanager
     async def writing(
         self, bucket: str, keys: Sequence[str], *, versions: Collection[str] = (), bucket_itself: bool = False
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Writing]:
         self.fenced.append((bucket, tuple(keys)))
         self.version_writes.append(tuple(versions))
         settled = False
+        writing = Writing()
         try:
-            yield
-            settled = True
+            yield writing
+            settled = writing.end_known
         except S3Error as refused:
             settled = refused.status < 500
             raise
