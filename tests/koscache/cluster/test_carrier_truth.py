@@ -481,6 +481,21 @@ async def test_a_write_of_versions_passes_them_on_every_node(tmp_path: Path) -> 
             await reader.read("b", name)
 
 
+async def test_a_write_whose_end_is_unknown_is_heard_of_before_it_is_answered(tmp_path: Path) -> None:
+    """The origin was asked twice: it has answered the second time, and nobody knows of the first. The client has its answer."""
+    async with PeerCluster(tmp_path, rules=rules("always"), hub=True) as them:
+        them.origin.put("b", "k", SMALL)
+        await them.read_all("b", "k")
+        await them.settled()
+        writer, *others = them.nodes
+        async with writer.carrier.writing("b", ["k"]) as writing:
+            them.origin.put("b", "k", b"new")
+            writing.end_known = False
+        assert all([(await node.read("b", "k")).body == b"new" for node in (*others, writer)])
+        # And it goes on: whoever has kept it is asked again when it must be over.
+        assert writer.carrier._unsettled
+
+
 async def test_a_write_that_one_node_cannot_hear_of_waits_for_its_lease_and_is_answered(tmp_path: Path) -> None:
     async with PeerCluster(tmp_path, rules=rules("always"), hub=True) as them:
         them.origin.put("b", "k", SMALL)
