@@ -195,7 +195,8 @@ def test_an_origin_serves_more_than_it_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("network", ["relays", "namespaces"])
 def test_one_node_loses_the_origin_and_the_others_do_not(tmp_path: Path, network: str) -> None:
     try:
-        with cluster(tmp_path, 2, membership="off", network=network) as them:
+        patience = {"origin": {"read_timeout": "1s", "retries": 0}}
+        with cluster(tmp_path, 2, membership="off", network=network, settings=patience) as them:
             first, second = them
             them.origin.put("b", "k", b"bytes")
             them.network.cut(first.name, ORIGIN)

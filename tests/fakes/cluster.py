@@ -286,6 +286,15 @@ class ClusterNode(Node):
             environment.detach()
         return sum(location.length for location in found if location is not None)
 
+    def complaints(self, lines: int = 12) -> str:
+        """The last of what its log says that is more than information, for a test that failed."""
+        if not self.log_path.exists():
+            return ""
+        said = [
+            line for line in self.log_path.read_text(errors="replace").splitlines() if '"level": "info"' not in line
+        ]
+        return "\n".join(line[:600] for line in said[-lines:])
+
     def cluster_status(self) -> dict[str, Any]:
         return dict(self.admin("/v1/cluster/status"))
 
@@ -363,14 +372,13 @@ class Cluster:
 
 
 def agrees(node: ClusterNode, count: int) -> bool:
-    """Whether this node says that it is complete among so many members, none of them in trouble."""
+    """Whether this node has an answer of so many members, each of which trusts its records and misses none of the others."""
     try:
-        said = node.cluster_status()
+        members = node.cluster_status().get("members", [])
     except (OSError, ValueError):
         return False
-    members = said.get("members", [])
-    good = [member for member in members if not member.get("in_trouble")]
-    return len(members) == len(good) == count and bool(said.get("trusting", said.get("complete", True)))
+    well = [each for each in members if each.get("trusting") and not each.get("in_trouble") and not each.get("error")]
+    return len(members) == len(well) == count
 
 
 @contextlib.contextmanager
@@ -437,9 +445,14 @@ def cluster(
             nodes.append(ClusterNode(place, directory / place.name, wanted))
         them = Cluster(nodes, net, origin)
         stack.callback(them.stop)
-        if start:
-            them.start()
-        yield them
+        try:
+            if start:
+                them.start()
+            yield them
+        except Exception:
+            for node in nodes:
+                print(f"--- {node.name}\n{node.complaints()}")
+            raise
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

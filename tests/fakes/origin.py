@@ -21,8 +21,8 @@ What came in (origin.requests, a list of Recorded, in order of arrival):
     origin.sent_bytes(key="k") -> int                                          of the bodies of the answers to those
     origin.forget() empties the log. origin.connections: accepted so far; origin.open_connections: now;
     origin.busiest: most requests that were in work at the same time. Recorded has method, target, raw_path, raw_query,
-    bucket, key, query, headers (lower case), raw_headers, body, body_complete, status, sent_bytes, op, connection (its
-    number).
+    bucket, key, query, headers (lower case), raw_headers, body, body_complete, status, sent_bytes, op, arrived, connection
+    (its number).
 
 Faults: origin.fault(times=1, <which>, <what>) -> Fault. times=None: until fault.end() or origin.heal(). The first fault
 that matches a request applies, alone; fault.used counts.
@@ -98,6 +98,8 @@ class Recorded:
     body_complete: bool = False
     status: int | None = None
     sent_bytes: int = 0
+    #: time.monotonic() when its head had come
+    arrived: float = field(default_factory=time.monotonic)
 
 
 @dataclass(slots=True, eq=False)

@@ -165,7 +165,8 @@ class Way(asyncio.Protocol):
         if data:
             transport.write(data)
         else:
-            transport.write_eof()
+            with contextlib.suppress(OSError):  # it was reset, and its end is not told yet
+                transport.write_eof()
             self.ended = True
             self.pair.ended()
         if not self._line and self.transport is None:

@@ -43,6 +43,7 @@ class Commit:
     began: float
     ended: float
     acknowledged: float | None = None
+    through: str = ""
 
 
 @dataclass(slots=True)
@@ -88,14 +89,16 @@ class Ledger:
 
         store.put, store.remove = watched_put, watched_remove
 
-    def acknowledge(self, place: Place, etag: str | None, began: float) -> None:
-        """A write through kos that began at `began` was answered with success just now; None is a deletion."""
+    def acknowledge(self, place: Place, etag: str | None, began: float, through: str = "") -> None:
+        """A write through kos that began at `began` was answered with success just now; None is a deletion. through: what it
+        went through, for who reads a verdict."""
         now = time.monotonic()
         with self._lock:
             own = [c for c in self.commits[place] if c.etag == etag and c.ended >= began]
             assert own, f"{place}: kos acknowledged {etag} which never reached the origin"
             # Overlapping deletions look alike; the earliest is the one that claims least.
-            own[0].acknowledged = now if own[0].acknowledged is None else own[0].acknowledged
+            if own[0].acknowledged is None:
+                own[0].acknowledged, own[0].through = now, through
 
     def violation(self, read: Read) -> str | None:
         """None if the contract allows this answer, else what is wrong with it."""
@@ -128,6 +131,16 @@ class Ledger:
         reasons = [self._too_old(read, history, n) for n in candidates]
         return None if None in reasons else str(reasons[-1])
 
+    def story(self, place: Place, last: int = 8) -> str:
+        """The last changes of a key, for who reads a verdict."""
+        with self._lock:
+            history = self.commits[place][-last:]
+        told = [
+            f"{c.etag} at {c.began:.3f}" + (f" told at {c.acknowledged:.3f} {c.through}" if c.acknowledged else "")
+            for c in history
+        ]
+        return "; ".join(told)
+
     @staticmethod
     def _torn(read: Read, commit: Commit) -> str | None:
         assert commit.body is not None
@@ -145,7 +158,12 @@ class Ledger:
         later = history[n + 1 :]
         for commit in later:
             if commit.acknowledged is not None and commit.acknowledged < read.began:
-                return f"a write acknowledged {read.began - commit.acknowledged:.3f} s before the read is not seen"
+                ago = read.began - commit.acknowledged
+                took = commit.acknowledged - commit.ended
+                return (
+                    f"a write ({commit.etag}) acknowledged {ago:.3f} s before the read is not seen; {commit.through}, "
+                    f"it was at the origin {took:.3f} s before that"
+                )
         if later:
             age = read.began - later[0].ended
             if age > self.freshness_s[read.place[0]] + SLACK_S:

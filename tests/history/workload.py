@@ -54,6 +54,8 @@ class Workload:
     read_everywhere: bool = False
     violations: list[str] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
+    #: the first few answers with 5xx, in words
+    refusals: list[str] = field(default_factory=list)
     #: the longest operation of each kind, in seconds
     longest: dict[str, float] = field(default_factory=dict)
     #: operations that came to an end, whatever the answer
@@ -166,31 +168,44 @@ class Workload:
         self.outcomes[f"read {answer.status} {note.partition(';')[0]}"] += 1
         if answer.status == 500 and b"<Code>InternalError</Code>" in body:
             self.violations.append(f"{place} {wanted}: kos failed inside: {body!r}")
+        if answer.status in (500, 502, 503, 504) and len(self.refusals) < 20:
+            self.refusals.append(f"{began:.3f} {url.authority} {place} {wanted}: {answer.status} {note} {body[:300]!r}")
         if answer.status in (500, 502, 503, 504) or answer.status == 416:
             return
         verdict = self.ledger.violation(read)
         if verdict is not None:
             self.violations.append(
                 f"seed {self.seed}: {place} {wanted} from {url.authority}: {verdict} ({note}, status {read.status}, "
-                f"ETag {read.etag}, began {read.began:.3f}, took {read.ended - read.began:.3f} s)"
+                f"ETag {read.etag}, began {read.began:.3f}, took {read.ended - read.began:.3f} s)\n"
+                f"at the origin: {self.ledger.story(place)}\nasked of it: {self._asked(place, read.began)}"
             )
 
+    def _asked(self, place: Place, around: float) -> str:
+        """What the origin was asked of a key in the second before a moment, and since."""
+        found = [r for r in list(self.origin.requests) if (r.bucket, r.key) == place and r.arrived > around - 1.0]
+        told = ("range", "if-match", "if-none-match")
+        return "; ".join(
+            f"{r.arrived:.3f} {r.method} {r.status} {[r.headers[name] for name in told if name in r.headers]}"
+            for r in found
+        )
+
     async def _put(self, session: aiohttp.ClientSession, rng: random.Random, place: Place) -> None:
-        body = self._next_body(place, rng)
+        body, url = self._next_body(place, rng), self._url(rng, "PUT", place)
         began = time.monotonic()
-        async with session.put(self._url(rng, "PUT", place), data=body) as answer:
+        async with session.put(url, data=body) as answer:
             await answer.read()
         self.outcomes[f"put {answer.status}"] += 1
         if answer.status == 200:
-            self.ledger.acknowledge(place, answer.headers["ETag"], began)
+            self.ledger.acknowledge(place, answer.headers["ETag"], began, f"put through {url.authority}")
 
     async def _delete(self, session: aiohttp.ClientSession, rng: random.Random, place: Place) -> None:
+        url = self._url(rng, "DELETE", place)
         began = time.monotonic()
-        async with session.delete(self._url(rng, "DELETE", place)) as answer:
+        async with session.delete(url) as answer:
             await answer.read()
         self.outcomes[f"delete {answer.status}"] += 1
         if answer.status == 204:
-            self.ledger.acknowledge(place, None, began)
+            self.ledger.acknowledge(place, None, began, f"deleted through {url.authority}")
 
     async def _leave(self, session: aiohttp.ClientSession, rng: random.Random, place: Place) -> None:
         """Read a little (or nothing) of an answer and close the connection."""
@@ -217,11 +232,12 @@ class Workload:
                 return
             parts.append(f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(answer.headers['ETag'])}</ETag></Part>")
         document = f"<CompleteMultipartUpload>{''.join(parts)}</CompleteMultipartUpload>"
+        url = self._url(rng, "POST", place, {"uploadId": upload_id})
         began = time.monotonic()
-        async with session.post(self._url(rng, "POST", place, {"uploadId": upload_id}), data=document) as answer:
+        async with session.post(url, data=document) as answer:
             done = await answer.text()
         self.outcomes[f"complete {answer.status}"] += 1
-        self._acknowledge_document(place, done, began)
+        self._acknowledge_document(place, done, began, f"completed through {url.authority}")
 
     async def _copy(self, session: aiohttp.ClientSession, rng: random.Random, place: Place) -> None:
         """From any key of the same bucket, the same one left out: S3 refuses that."""
@@ -236,13 +252,13 @@ class Workload:
             done = await answer.text()
         self.outcomes[f"copy {answer.status}"] += 1
         if answer.status == 200:
-            self._acknowledge_document(place, done, began)
+            self._acknowledge_document(place, done, began, f"copied through {answer.url.authority}")
 
-    def _acknowledge_document(self, place: Place, document: str, began: float) -> None:
+    def _acknowledge_document(self, place: Place, document: str, began: float, through: str) -> None:
         """Of a completion or a copy, which may answer 200 and then say that it failed."""
         etags = re.findall("<ETag>(.*?)</ETag>", document)
         if etags and "<Error>" not in document:
-            self.ledger.acknowledge(place, etags[0].replace("&quot;", '"').replace("&#34;", '"'), began)
+            self.ledger.acknowledge(place, etags[0].replace("&quot;", '"').replace("&#34;", '"'), began, through)
 
     async def _delete_many(self, session: aiohttp.ClientSession, rng: random.Random, place: Place) -> None:
         keys = rng.sample([key for bucket, key in self.places() if bucket == place[0]], 3)
@@ -258,7 +274,7 @@ class Workload:
             for deleted in ET.fromstring(done).iter():
                 if deleted.tag.endswith("Deleted"):
                     (key,) = (child.text for child in deleted if child.tag.endswith("Key"))
-                    self.ledger.acknowledge((place[0], key or ""), None, began)
+                    self.ledger.acknowledge((place[0], key or ""), None, began, f"deleted through {url.authority}")
 
     async def _listing(self, session: aiohttp.ClientSession, rng: random.Random, place: Place) -> None:
         """All keys of the bucket, each judged as a read of its ETag, and those that are not there as a read that finds none."""
