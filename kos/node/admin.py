@@ -154,7 +154,9 @@ class Admin:
 
     async def _ask_cluster(self, topic: str, question: Mapping[str, Any]) -> web.Response:
         if self._cluster is None:
-            return _json({"error": "this node is in no cluster: cluster.membership is off, or no daemon runs here"}, 501)
+            return _json(
+                {"error": "this node is in no cluster: cluster.membership is off, or no daemon runs here"}, 501
+            )
         status, answer = await self._cluster(topic, question)
         return _json(answer, status)
 

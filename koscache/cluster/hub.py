@@ -196,6 +196,10 @@ class Hub:
         self._stopping = True
         for handle, write in list(self._writes.items()):
             self._settle(handle, write, False)
+        if self._membership is not None:
+            # A heartbeat or a view that came after this would make the node trusted, or a member, again.
+            self._membership.cancel()
+            await asyncio.wait((self._membership,), timeout=_RESIGN_S)
         c = self._coherence
         if c is not None:
             before, commands = c.resign()
@@ -203,10 +207,7 @@ class Hub:
             self._do([trust])
             if self._write_resigned(before):
                 self._do(told)
-        if self._control is not None and self._membership is not None and self.state is MemberState.DRAINING:
-            # A heartbeat after it would find no row, and join again.
-            self._membership.cancel()
-            await asyncio.wait((self._membership,), timeout=_RESIGN_S)
+        if self._control is not None and self.state is MemberState.DRAINING:
             await self._control.leave()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RESIGN_S):

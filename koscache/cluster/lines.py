@@ -176,14 +176,15 @@ class _In:
     def _knock(self, connection: Connection, knock: wire.Knock) -> None:
         lines, me = self._lines, self._lines.talk.me.name
         nonces = self._nonce, knock.nonce
-        if knock.to != me or not wire.proves(knock.proof, lines.secret, "knock", nonces, knock.name, me, knock.daemon):
-            raise ProtocolBroken("the proof is wrong: is cluster.secret the same on both?")
         if knock.protocol != wire.PROTOCOL:
             raise ProtocolBroken(f"protocol {knock.protocol}, here {wire.PROTOCOL}: upgrade one after the other")
+        if knock.to != me or not wire.proves(knock.proof, lines.secret, "knock", nonces, knock.name, me, knock.daemon):
+            raise ProtocolBroken("the proof is wrong: is cluster.secret the same on both?")
+        known = lines.talk.known(knock.name)
         daemon = lines.talk.daemon
         proof = wire.proof(lines.secret, "proven", nonces, me, knock.name, daemon)
         connection.send(wire.Proven(me, daemon, proof))
-        if not lines.talk.known(knock.name):
+        if not known:
             connection.send(wire.Refused(f"no member is called {knock.name} here", unknown=True))
             lines.end_later(connection, f"no member is called {knock.name} here")
             return
@@ -317,7 +318,7 @@ class Lines:
             try:
                 reason = await self._run(out)
             finally:
-                if out.connection is not None:
+                if out.connection is not None and not self._closed:
                     out.connection.abort("given up")
                 if self._outs.get(member.name) is out:
                     del self._outs[member.name]

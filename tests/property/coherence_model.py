@@ -44,10 +44,11 @@ class Violation(AssertionError):
 
 @dataclass
 class Line:
-    """From writer to listener. to_listener, to_writer: what is on its way."""
+    """From writer to listener. to_listener, to_writer: what is on its way. begun: the listener has heard the Hello."""
 
     to_listener: deque[Any] = field(default_factory=deque)
     to_writer: deque[Any] = field(default_factory=deque)
+    begun: bool = False
 
 
 @dataclass
@@ -357,11 +358,12 @@ class Model:
 
     def cut(self, writer: str, listener: str, seen_by: str = "") -> None:
         """seen_by: who did it, and knows at once."""
-        if self.lines.pop((writer, listener), None) is None:
+        line = self.lines.pop((writer, listener), None)
+        if line is None:
             return
         for name, other, ours in ((writer, listener, True), (listener, writer, False)):
             node = self.nodes[name]
-            if node.coherence is not None:
+            if node.coherence is not None and (ours or line.begun):
                 self.notices.append(Notice(name, node.coherence, other, ours))
                 if name == seen_by:
                     self.notice(self.notices[-1])
@@ -414,6 +416,7 @@ class Model:
                 gone = self.unnoticed(listener, writer, False)
                 if gone is not None:
                     self.notices.remove(gone)  # its line of before is ended by this one, without a word
+                line.begun = True
                 self.do(here, c.hello(message, now, here.looked_at))
                 self.do(here, c.listening(writer, now))
             elif isinstance(message, wire.Viewed):

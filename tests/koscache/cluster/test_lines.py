@@ -776,7 +776,7 @@ async def test_a_line_is_lost_though_its_member_was_followed_again_meanwhile(mak
 
 @pytest.mark.parametrize(
     "said_on",
-    ["its line", pytest.param("our line", marks=pytest.mark.xfail(strict=True, reason="cut before it is flushed"))],
+    ["its line", "our line"],
 )
 async def test_close_delivers_what_was_queued(make: Make, said_on: str) -> None:
     """More than the sockets hold, to one who reads it only then."""
