@@ -123,9 +123,7 @@ class Spoiler:
 
 
 async def test_a_short_history(tmp_path: Path) -> None:
-    began = time.monotonic()
     await history(tmp_path, 2_500, lasts_s=(0.1, 0.5, 1.5))
-    assert time.monotonic() - began < 100
 
 
 @pytest.mark.slow
