@@ -8,21 +8,30 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from kos import config as options
+from kos.config import Cluster, Config, Listen
 from kos.errors import ConfigError
 from kos.tasks import Tasks
 from koscache import ipc
+from koscache.cluster.view import MemberState
 from koscache.content import Record, Small, body_checksum
+from koscache.daemon import Daemon
 from koscache.disk import StoreFailed
+from koscache.fence import Fence
 from koscache.keeper import Keeper
 from koscache.leases import Here
+from koscache.store import Store
 from tests.conditions import until
 from tests.fakes.cache_node import KIB, CacheNode, settings
+from tests.fakes.clock import FakeClock
+from tests.fakes.ports import free_ports
 
 CONFIG = """
 region: test
@@ -267,3 +276,316 @@ async def test_a_small_block_needs_no_extent() -> None:
     assert not isinstance(answers[0], Here)
     await tasks.close()
     await keeper.close()
+
+
+# --- writes, and a cluster ----------------------------------------------------------------------------------------------
+
+SLOT, OTHER = 5, 6
+REQUEST_TIMEOUT_S = 100.0
+
+
+class Worker:
+    """A worker as the daemon sees it, by hand. heard: what it was told, in order."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._unframer = ipc.Unframer(ipc.ToWorker, 1 << 24)
+        self.heard: list[Any] = []
+        self._asks = 0
+
+    @classmethod
+    async def connect(cls, config: Config) -> Worker:
+        with ipc.socket_address(config.cache.dir) as path:
+            worker = cls(*await asyncio.open_unix_connection(path))
+        worker.say(ipc.Hello(os.getpid()))
+        await worker.hear(ipc.Welcome)
+        return worker
+
+    def say(self, *messages: ipc.Message) -> None:
+        self._writer.write(b"".join(map(ipc.frame, messages)))
+
+    async def hear(self, kind: type, count: int = 1) -> Any:
+        """Waits until there are so many of these; the last."""
+        while len(found := [message for message in self.heard if isinstance(message, kind)]) < count:
+            received = await self._reader.read(65536)
+            assert received, "the daemon is gone"
+            self.heard += self._unframer.feed(received)
+        return found[-1]
+
+    async def in_order(self) -> None:
+        """All that was said has been heard."""
+        self._asks += 1
+        self.say(ipc.Ping(self._asks))
+        while ipc.Done(self._asks, True) not in self.heard:
+            self.heard += self._unframer.feed(await self._reader.read(65536))
+
+    async def ask_end(self, *tokens: int) -> bool:
+        self._asks += 1
+        ask = self._asks
+        self.say(ipc.AskEnd(ask, list(tokens)))
+        while True:
+            for message in self.heard:
+                if isinstance(message, ipc.Done) and message.ask == ask:
+                    return message.ok
+            received = await self._reader.read(65536)
+            assert received, "the daemon is gone"
+            self.heard += self._unframer.feed(received)
+
+    def die(self) -> None:
+        self._writer.transport.abort()
+
+
+class Member:
+    """One daemon of a static cluster, and its fence as workers see it."""
+
+    def __init__(self, config: Config, clock: FakeClock) -> None:
+        self.config = config
+        self.daemon = Daemon(config, lambda: Store.open(config.cache, clock), clock, Tasks("daemon"))
+        self._fence: Fence | None = None
+        self._running = True
+
+    @property
+    def fence(self) -> Fence:
+        if self._fence is None:
+            self._fence = Fence.open(self.config.cache.dir, alone=False)
+        return self._fence
+
+    async def stop(self) -> None:
+        """Once."""
+        if self._running:
+            self._running = False
+            await self.daemon.close()
+        if self._fence is not None:
+            self._fence.close()
+            self._fence = None
+
+    @property
+    def writes(self) -> int:
+        """That its hub has not been told the end of, or is still waiting to have heard of."""
+        hub = self.daemon._hub
+        assert hub is not None
+        return len(hub._writes)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr("koscache.fence.boot_ns", lambda: int(clock.monotonic() * 1e9))
+    monkeypatch.setattr("koscache.cluster.hub.boot_ns", lambda: int(clock.monotonic() * 1e9))
+    return clock
+
+
+@pytest.fixture
+async def members(tmp_path: Path, clock: FakeClock) -> AsyncIterator[Callable[..., Any]]:
+    """members("w", "a"): daemons of a cluster that trust each other; members(): one that is in none."""
+    made: list[Member] = []
+
+    async def make(*names: str) -> list[Member]:
+        addresses = {name: f"127.0.0.1:{port}" for name, port in zip(names, free_ports(len(names)), strict=True)}
+        listed = tuple(options.Member(name=name, peer="127.0.0.1:9", cluster=at) for name, at in addresses.items())
+        for name in names or ("alone",):
+            config = settings(tmp_path / name, "http://127.0.0.1:9", origin_request_timeout_s=REQUEST_TIMEOUT_S)
+            if names:
+                config = msgspec.structs.replace(
+                    config,
+                    cluster=Cluster(membership="static", name=name, secret="s" * 16, lease_s=2.0),
+                    listen=Listen(peer="127.0.0.1:9", cluster=addresses[name]),
+                    members=listed,
+                )
+            made.append(Member(config, clock))
+            await made[-1].daemon.start()
+
+        async def trusting() -> bool:
+            await clock.advance(0.1)
+            return all(member.fence.trusted() for member in made)
+
+        if names:
+            await until(trusting)
+        return made
+
+    yield make
+    for member in made:
+        await member.stop()
+
+
+async def test_outside_a_cluster_no_end_is_waited_for(members: Callable[..., Any]) -> None:
+    (alone,) = await members()
+    worker = await Worker.connect(alone.config)
+    worker.say(ipc.WriteBegin(1, [SLOT]))
+    assert not await worker.ask_end(1)
+    worker.say(ipc.AskCluster(7, "status", b""))
+    assert await worker.hear(ipc.ClusterSaid) == ipc.ClusterSaid(7, b"", "this node is in no cluster")
+    assert not [message for message in worker.heard if isinstance(message, ipc.ClusterView)]
+    worker.die()
+
+
+async def test_a_worker_is_told_of_the_members_at_once_and_when_they_change(members: Callable[..., Any]) -> None:
+    (w,) = await members("w")
+    worker = await Worker.connect(w.config)
+    view = await worker.hear(ipc.ClusterView)
+    assert view.name == "w"
+    assert [(member.name, member.state) for member in view.view.members] == [("w", MemberState.ACTIVE)]
+    assert [type(message) for message in worker.heard] == [ipc.Welcome, ipc.ClusterView]
+    await w.daemon._hub.set_state(MemberState.DRAINING)
+    assert (await worker.hear(ipc.ClusterView, 2)).view.members[0].state is MemberState.DRAINING
+    worker.die()
+
+
+async def test_the_end_of_a_write_is_answered_when_every_node_has_heard_of_it(members: Callable[..., Any]) -> None:
+    w, a = await members("w", "a")
+    worker = await Worker.connect(w.config)
+    before = a.fence.value(SLOT)
+    worker.say(ipc.WriteBegin(1, [SLOT]))
+    await until(lambda: not a.fence.vouching(SLOT))
+    begun = a.fence.value(SLOT)
+    assert begun != before
+    assert await worker.ask_end(1)
+    assert a.fence.value(SLOT) != begun
+    assert a.fence.vouching(SLOT)
+    assert not await worker.ask_end(1)  # a write ends once
+    assert w.writes == 0
+    worker.die()
+
+
+async def test_the_end_of_several_is_answered_when_all_are_heard_of(members: Callable[..., Any]) -> None:
+    w, a = await members("w", "a")
+    worker = await Worker.connect(w.config)
+    for token in range(1, 21):
+        worker.say(ipc.WriteBegin(token, [100 + token, 200 + token]))
+    await until(lambda: not a.fence.vouching(220))
+    before = [a.fence.value(slot) for token in range(1, 21) for slot in (100 + token, 200 + token)]
+    assert await worker.ask_end(*range(1, 21))
+    after = [a.fence.value(slot) for token in range(1, 21) for slot in (100 + token, 200 + token)]
+    assert not any(one == other for one, other in zip(before, after, strict=True))
+    assert w.writes == 0
+    worker.die()
+
+
+@pytest.mark.parametrize("tokens", [(99,), (1, 99), (99, 1), (1, 1), ()])
+async def test_what_the_daemon_does_not_know_has_not_been_heard_of(
+    members: Callable[..., Any], tokens: tuple[int, ...]
+) -> None:
+    """It was told to another daemon; what this one does know among it is not kept as if it went on."""
+    w, a = await members("w", "a")
+    worker = await Worker.connect(w.config)
+    worker.say(ipc.WriteBegin(1, [SLOT]))
+    await until(lambda: not a.fence.vouching(SLOT))
+    assert not await worker.ask_end(*tokens)
+    if 1 not in tokens:
+        worker.say(ipc.WriteEnd(1))
+    await until(lambda: w.writes == 0)
+    await until(lambda: a.fence.vouching(SLOT))
+    worker.die()
+
+
+async def test_a_write_whose_end_nobody_asks_for_is_told_all_the_same(members: Callable[..., Any]) -> None:
+    w, a = await members("w", "a")
+    worker = await Worker.connect(w.config)
+    worker.say(ipc.WriteBegin(1, [SLOT]))
+    await until(lambda: not a.fence.vouching(SLOT))
+    begun = a.fence.value(SLOT)
+    worker.say(ipc.WriteEnd(1), ipc.WriteEnd(1), ipc.WriteEnd(77))
+    await until(lambda: a.fence.vouching(SLOT))
+    assert a.fence.value(SLOT) != begun
+    assert w.writes == 0
+    worker.die()
+
+
+async def test_workers_writes_are_told_apart(members: Callable[..., Any]) -> None:
+    """Each numbers its own."""
+    w, a = await members("w", "a")
+    one, other = await Worker.connect(w.config), await Worker.connect(w.config)
+    one.say(ipc.WriteBegin(1, [SLOT]))
+    other.say(ipc.WriteBegin(1, [OTHER]))
+    await until(lambda: not a.fence.vouching(SLOT) and not a.fence.vouching(OTHER))
+    assert await one.ask_end(1)
+    assert a.fence.vouching(SLOT)
+    assert not a.fence.vouching(OTHER)
+    assert await other.ask_end(1)
+    for worker in (one, other):
+        worker.die()
+
+
+async def test_a_worker_that_dies_leaves_its_writes_to_the_daemon_until_they_must_have_ended(
+    members: Callable[..., Any], clock: FakeClock
+) -> None:
+    """The origin may carry them out as long as a request may take: all that time they are marked elsewhere."""
+    w, a = await members("w", "a")
+    worker = await Worker.connect(w.config)
+    worker.say(ipc.WriteBegin(1, [SLOT]), ipc.WriteBegin(2, [OTHER]))
+    await until(lambda: not a.fence.vouching(SLOT) and not a.fence.vouching(OTHER))
+    own, others = w.fence.value(SLOT), a.fence.value(SLOT)
+    worker.die()
+    await until(lambda: w.fence.value(SLOT) != own)
+    await until(lambda: w.writes == 1)  # both together, for as long as it takes
+
+    async def renewed(seconds: float) -> None:
+        for _ in range(int(seconds / 0.5)):
+            await clock.advance(0.5)
+            await until(lambda: a.fence.trusted() and w.fence.trusted())
+
+    await renewed(REQUEST_TIMEOUT_S / 4)
+    assert not a.fence.vouching(SLOT)
+    assert not a.fence.vouching(OTHER)
+    own, now = w.fence.value(SLOT), a.fence.value(SLOT)
+    assert now != others
+    await clock.advance(REQUEST_TIMEOUT_S)
+    await until(lambda: w.fence.value(SLOT) != own and w.writes == 0)
+    await until(lambda: a.fence.value(SLOT) != now)
+
+
+async def test_a_worker_that_dies_without_a_write_passes_nothing(members: Callable[..., Any]) -> None:
+    w, a = await members("w", "a")
+    worker, other = await Worker.connect(w.config), await Worker.connect(w.config)
+    worker.say(ipc.WriteBegin(1, [SLOT]))
+    assert await worker.ask_end(1)
+    before = w.fence.value(SLOT), a.fence.value(SLOT)
+    worker.die()
+    await until(lambda: len(w.daemon._sessions) == 1)
+    await other.in_order()
+    assert (w.fence.value(SLOT), a.fence.value(SLOT)) == before
+    assert w.writes == 0
+    other.die()
+
+
+async def test_outside_a_cluster_a_worker_that_dies_passes_its_writes_twice(
+    members: Callable[..., Any], clock: FakeClock
+) -> None:
+    (alone,) = await members()
+    worker = await Worker.connect(alone.config)
+    worker.say(ipc.WriteBegin(1, [SLOT]))
+    await worker.in_order()
+    before = alone.fence.value(SLOT)
+    worker.die()
+    await until(lambda: alone.fence.value(SLOT) != before)
+    first = alone.fence.value(SLOT)
+    await clock.advance(REQUEST_TIMEOUT_S - 1)
+    assert alone.fence.value(SLOT) == first
+    await clock.advance(2)
+    assert alone.fence.value(SLOT) != first
+
+
+async def test_questions_about_the_cluster_are_answered(members: Callable[..., Any]) -> None:
+    (w,) = await members("w")
+    worker = await Worker.connect(w.config)
+    worker.say(ipc.Counted(10, 7), ipc.AskCluster(3, "status", b"{}"))
+    said = await worker.hear(ipc.ClusterSaid)
+    assert (said.ask, said.failed) == (3, "")
+    assert json.loads(said.body)["name"] == "w"
+    worker.die()
+
+
+async def test_a_daemon_that_stops_answers_nothing_more_and_ceases_to_trust(members: Callable[..., Any]) -> None:
+    w, a = await members("w", "a")
+    worker = await Worker.connect(w.config)
+    worker.say(ipc.WriteBegin(1, [SLOT]))
+    await until(lambda: not a.fence.vouching(SLOT))
+    fence = Fence.open(w.config.cache.dir, alone=False)
+    await w.stop()
+    assert not fence.trusted()
+    assert a.fence.trusted()
+    assert not a.fence.vouching(SLOT)  # what was about to be carried out may still be
+    assert (Path(w.config.cache.dir) / "resigned.json").exists()
+    fence.close()
+    worker.die()

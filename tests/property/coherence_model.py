@@ -416,8 +416,9 @@ class Model:
                 gone = self.unnoticed(listener, writer, False)
                 if gone is not None:
                     self.notices.remove(gone)  # its line of before is ended by this one, without a word
+                commands = c.hello(message, now, here.looked_at)
                 line.begun = True
-                self.do(here, c.hello(message, now, here.looked_at))
+                self.do(here, commands)
                 self.do(here, c.listening(writer, now))
             elif isinstance(message, wire.Viewed):
                 self.see(here, message.view, here.looked_at)
@@ -428,9 +429,6 @@ class Model:
         except co.ProtocolBroken:
             self.count("broken")
             self.cut(writer, listener, here.name)
-            there = self.nodes[other]
-            if there.runs and there.coherence is not None and self.rng.random() < 0.5:
-                there.c.refused(here.name, self.clock(there))
 
     def hear(self, c: Coherence, other: str, message: Any, now: float) -> list[co.Command]:
         if isinstance(message, wire.Welcome):
