@@ -340,6 +340,7 @@ class Model:
         if not resumed:
             node.trust_until = node.vouch_until = 0.0
             node.epoch, node.incarnation, node.before = next(self.fresh), member.incarnation, None
+            node.daemon = next(self.fresh)
         self.begin_coherence(node, after_crash=resumed and node.before is None)
         for write in self.writes:
             if write.node == node.name and write.number:
