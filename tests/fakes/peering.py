@@ -595,6 +595,8 @@ class PeerCluster:
         self._tasks_before: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> PeerCluster:
+        with contextlib.closing(await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)):
+            pass  # what the loop opens for itself when it first listens
         self._fds_before = psutil.Process().num_fds()
         self._tasks_before = asyncio.all_tasks()
         await self.origin.start()
