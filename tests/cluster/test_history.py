@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = merge(
     {key: test_history.SETTINGS[key] for key in ("cache", "origin", "supervisor", "rules")},
     {"workers": 2, "cluster": {"lease": "500ms", "member_lease": "2s", "heartbeat": "300ms", "write_wait": "8s"}},
 )
+#: of what the origin was asked, for what a failure has to tell
+_REQUESTS_KEPT = 5_000
 
 
 async def history(
@@ -56,12 +58,16 @@ async def history(
             await spoiling
         assert not work.violations, "\n".join(work.violations[:5]) + f"\n{work.outcomes}\n{spoiler.story}"
         await asyncio.to_thread(them.heal)
-        # Nothing is left of what went wrong: everything is read through everybody.
-        after = Workload(urls, origin, ledger, work.seed, weights={"get": 1})
-        await after.run(500, clients=4)
-        assert not after.violations, "\n".join(after.violations[:5])
-        failed = {what: count for what, count in after.outcomes.items() if " 5" in what or "broken" in what}
-        assert not failed, f"{failed} {after.refusals[:4]}"
+        # A write that was answered 503 may have been carried out, and not all were told: who reads the version before breaks
+        # off when its bytes are gone, once. But for that, nothing is left of what went wrong.
+        for sweep in (1, 2):
+            after = Workload(urls, origin, ledger, work.seed)
+            await after.sweep()
+            assert not after.violations, "\n".join(after.violations[:5])
+            failed = {what: count for what, count in after.outcomes.items() if " 5" in what or "broken" in what}
+            if sweep == 1:
+                failed.pop("get broken: ClientPayloadError", None)
+            assert not failed, f"{failed} {after.refusals[:4]}"
     print(f"seed {work.seed}: {dict(work.outcomes)} {dict(spoiler.struck)}")
     return work
 
@@ -95,6 +101,8 @@ class Spoiler:
                 place = ("short", f"short key/é+{rng.randrange(4)}")
                 body = rng.randbytes(150_000)
                 origin.fault(times=1, method="GET", key=place[1], then=lambda o, p=place, b=body: o.store.put(*p, b))
+            # Each has its body: a hundred thousand of them are not needed.
+            del origin.requests[:-_REQUESTS_KEPT]
             await self._wait(rng.uniform(0.1, 0.6))
 
     async def _nodes(self) -> None:

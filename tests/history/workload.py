@@ -78,14 +78,22 @@ class Workload:
     async def run(self, operations: int, clients: int = 16) -> None:
         """Do `operations` in all; stop at the first violation."""
         self._remaining = operations
-        timeout = aiohttp.ClientTimeout(total=OPERATION_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with (
-            aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session,
-            asyncio.TaskGroup() as group,
-        ):
+        async with _session() as session, asyncio.TaskGroup() as group:
             for n in range(clients):
                 group.create_task(self._client(session, random.Random(f"{self.seed} {n}")), name=f"client {n}")
+
+    async def sweep(self) -> None:
+        """Read every key once through every node."""
+
+        async def read(place: Place, base: str) -> None:
+            try:
+                await self._read(session, self.rng, place, None, base)
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as broken:
+                self.outcomes[f"get broken: {type(broken).__name__}"] += 1
+
+        async with _session() as session:
+            for place in self.places():
+                await asyncio.gather(*(read(place, base) for base in self.s3_urls))
 
     def stop(self) -> None:
         """Let run() come to its end: what has begun is finished, nothing else begins."""
@@ -317,3 +325,8 @@ class Workload:
         size = rng.choice(SIZES)
         # Two empty versions would have one ETag; every version needs its own.
         return content(place[1], self._number, max(size, 12))
+
+
+def _session() -> aiohttp.ClientSession:
+    timeout = aiohttp.ClientTimeout(total=OPERATION_TIMEOUT_S)
+    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
