@@ -28,14 +28,14 @@ from koscache.cluster.view import Member, View
 
 LEASE_S = 1.0
 MEMBER_LEASE_S = 5.0
-SLOTS = 2
+SLOTS = 6
 #: Of a clock's second, how much real ones differ from it: all that RATE_SLACK allows between two of them, but a little.
 RATES = (0.96, 1.0, 1.04)
 
 #: of write_wait
 WAITS_S = (3.0, 30.0)
 FAILURES = ("cut", "stop", "freeze", "crash", "off", "retire", "leap", "store", "part")
-MENDING = ("go", "thaw", "start", "heal")
+MENDING = ("go", "thaw", "start", "heal", "mend", "mend")
 
 
 class Violation(AssertionError):
@@ -168,7 +168,7 @@ class Model:
         #: pairs that cannot reach each other
         self.parted: set[frozenset[str]] = set()
         # Few kinds of failures in each run: many at once hide each other's consequences.
-        self.kinds = [*MENDING, *self.rng.sample(FAILURES, 3)]
+        self.kinds = [*MENDING, *self.rng.sample(FAILURES, 3) * 3]
         names = [f"n{i}" for i in range(nodes)]
         for name in names:
             if self.static:
@@ -248,14 +248,14 @@ class Model:
         left, commands = c.resign()
         node.left = node.daemon, left
         self.do(node, commands)
-        for _ in range(self.rng.choice([0, 0, 10, 40])):
+        for _ in range(self.rng.choice([0, 0, 10, 40]) if self.lag else 0):
             # It is on its way out, and hears others meanwhile.
             self.move()
             assert not self.trusted(node), "a node that has resigned trusts again"
             if node.coherence is not c:
                 break
         for pair in [pair for pair in self.lines if node.name in pair]:
-            for _ in range(self.rng.choice([0, 3, 100])):  # what is queued may still be read
+            for _ in range(self.rng.choice([0, 3, 100]) if self.lag else 100):  # what is queued may still be read
                 if pair in self.lines and self.queue(pair, pair[1] == node.name):
                     self.deliver(*pair, upstream=pair[1] == node.name)
         if leave and not node.store_away and not self.static and node.name in self.rows:
@@ -683,7 +683,7 @@ class Model:
             self.begin_write(rng.choice(names))
         elif roll < 0.60 and self.writes:
             self.step_write(rng.choice(self.writes))
-        elif roll < 0.74:
+        elif roll < 0.64:
             self.begin_read(rng.choice(names))
         elif roll < 0.92 and self.reads:
             for _ in range(rng.randrange(1, 4)):
@@ -705,7 +705,7 @@ class Model:
         until = self.now + seconds
         while self.now < until:
             self.round(0.25)
-            if self.rng.random() < 0.3:
+            if self.rng.random() < 0.1:
                 self.begin_read(self.rng.choice(list(self.nodes)))
             if self.rng.random() < 0.1:
                 self.begin_write(self.rng.choice(list(self.nodes)))
@@ -773,16 +773,33 @@ class Model:
             self.parted.clear()
             for each in self.nodes.values():
                 each.store_away = False
+        elif kind == "mend":
+            self.mend()
+            self.pass_time(rng.choice([1.0, 2.5]))
+            self.read_all()
         elif kind == "store":
             node.store_away = not node.store_away
 
-    def settle(self) -> None:
-        """Everything is mended: after a while all nodes trust again and no write waits."""
+    def read_all(self) -> None:
+        """Each key on each node. What was done behind somebody's back is seen only when he trusts again, and if he has not read
+        it meanwhile: so this is done then, and otherwise reads are few."""
+        for node in self.nodes.values():
+            for key in range(SLOTS if node.works else 0):
+                self.reads.append(Read(node.name, key, self.answered[key]))
+        while any(self.nodes[read.node].works for read in self.reads):
+            for read in list(self.reads):
+                self.step_read(read)
+
+    def mend(self) -> None:
         self.parted.clear()
         for node in self.nodes.values():
             node.store_away = node.stopped = node.frozen = False
             if node.dead:
                 self.start(node.name)
+
+    def settle(self) -> None:
+        """Everything is mended: after a while all nodes trust again and no write waits."""
+        self.mend()
         for _ in range(400):
             self.round(0.1)
             for write in list(self.writes):
@@ -792,3 +809,4 @@ class Model:
             assert not any(node.marks), f"{node.name} has marks left: {node.marks}"
             assert not node.c._writes, f"{node.name} has writes left"
         assert not self.writes, "a write waits for ever"
+        self.read_all()
