@@ -168,10 +168,6 @@ class RelayedNetwork(Network):
         Kubernetes does."""
         return self._relays.listen("127.0.0.1", 0, "any", targets, source="clients")
 
-    def passed(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """Of each (source, target): (open connections, bytes that passed both ways)."""
-        return self._relays.counts()
-
     def _set(
         self, source: str, target: str, state: str, delay_s: float = 0.0, bytes_per_s: float | None = None
     ) -> None:

@@ -30,6 +30,7 @@ import contextlib
 import functools
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -647,6 +648,9 @@ class PeerCluster:
         if kind is None:
             await until(lambda: asyncio.all_tasks() <= self._tasks_before, what="all tasks have ended")
             await until(lambda: psutil.Process().num_fds() <= self._fds_before, what="all descriptors are closed")
+            for node in self.nodes:
+                # 25 MB each; pytest keeps the directories of the last runs.
+                shutil.rmtree(self._directory / node.name)
 
     def _left_over(self) -> list[str]:
         return [f"{node.name}: {what}" for node in self.nodes for what in node.left_over()]

@@ -500,6 +500,23 @@ async def test_refusals_come_through_the_home_with_the_document_they_would_have_
                         assert code.encode() in refused.value.body
 
 
+async def test_that_a_key_is_deleted_is_told_with_what_the_origin_says_of_it(tmp_path: Path) -> None:
+    async with PeerCluster(tmp_path) as them:
+        them.origin.create_bucket("b", versioned=True)
+        them.origin.put("b", "k", b"body")
+        marker = them.origin.remove("b", "k")
+        assert marker is not None
+        for node in them.order("b", "k"):
+            for want in (Want(), Want(head_only=True)):
+                with pytest.raises(OriginRefused) as refused:
+                    await node.read("b", "k", want=want)
+                told = {name.lower(): value for name, value in refused.value.headers}
+                assert (told["x-amz-delete-marker"], told["x-amz-version-id"]) == ("true", marker.version_id)
+            with pytest.raises((OriginRefused, S3Error)) as other:
+                await node.read("b", version_name("k", marker.version_id))
+            assert other.value.status == 405
+
+
 async def test_a_refusal_is_not_remembered_and_drops_what_was_known(tmp_path: Path) -> None:
     async with PeerCluster(tmp_path, rules=rules("always", 30.0)) as them:
         *_, other = them.order("b", "k")
