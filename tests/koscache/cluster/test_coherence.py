@@ -27,6 +27,7 @@ from koscache.cluster.coherence import (
     Pass,
     ProtocolBroken,
     Reply,
+    Restart,
     Tell,
     Trust,
     Unmark,
@@ -73,8 +74,16 @@ def told(commands: list[Command]) -> list[tuple[str, Any]]:
     return [(command.member, command.message) for command in commands if isinstance(command, Tell)]
 
 
+def acks(commands: list[Command]) -> list[Command]:
+    """And welcomes."""
+    return [command for command in commands if isinstance(command, Reply) and isinstance(command.message, ANSWERS)]
+
+
 def ends(commands: list[Command]) -> list[tuple[int, bool]]:
     return [(command.number, command.ok) for command in commands if isinstance(command, Ended)]
+
+
+ANSWERS = wire.Ack | wire.Welcome
 
 
 class Script:
@@ -198,6 +207,16 @@ def test_the_begin_may_be_acknowledged_before_the_origin_has_answered() -> None:
     assert s.end(number) == [Pass((5,)), Tell("a", END(number))]
 
 
+def test_alone_in_the_store_it_answers_while_its_own_row_holds() -> None:
+    """Else somebody may have joined, who trusts and does not hear of it."""
+    s = Script(membership=CONTROL)
+    s.now += 0.9 * MEMBER_LEASE_S
+    number, _ = s.begin(5)
+    assert ends(s.end(number)) == []
+    assert ends(s.wait(1)) == []
+    assert ends(s.stood()) == [(number, True)]
+
+
 def test_alone_it_waits_for_nobody() -> None:
     s = Script()
     number, commands = s.begin(5)
@@ -257,6 +276,45 @@ def test_of_too_many_that_nobody_waits_for_the_oldest_is_told_as_skipped(monkeyp
     s.c.lost("a")
     assert 0 in (s.c.greet("h").skipped or ())
     assert [number for number, _ in s.c.greet("a").under_way] == numbers[1:]
+
+
+def test_what_is_kept_for_nobody_is_bounded_in_slots_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(co, "_LEFT_SLOTS_MAX", 10)
+    s = Script("a")
+    numbers = [s.begin(*range(each, each + 4))[0] for each in range(0, 12, 4)]
+    for number in numbers:
+        s.end(number, wait_s=None)
+    assert set(s.c.unfinished()) == set(numbers[1:])
+    s.c.lost("a")
+    assert s.c.greet("a").skipped == (0, 1, 2, 3)
+
+
+def test_what_somebody_waits_for_or_is_under_way_is_never_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(co, "_LEFT_MAX", 0)
+    s = Script("a")
+    waited, _ = s.begin(1)
+    under_way, _ = s.begin(2)
+    s.end(waited)
+    left, _ = s.begin(3)
+    s.end(left, wait_s=None)
+    assert s.c.unfinished() == {waited: (1,), under_way: (2,)}
+
+
+def test_who_has_marked_what_was_given_up_is_greeted_anew_but_not_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(co, "_LEFT_MAX", 0)
+    s = Script("a", "h", membership=CONTROL)
+
+    def give_up() -> None:
+        number, _ = s.begin(1)
+        s.has_begin("a", number)
+        s.end(number, wait_s=None)
+
+    give_up()
+    assert [command for command in s.wait(0) if isinstance(command, Restart)] == [Restart("a")]
+    give_up()
+    assert [command for command in s.wait(9.9) if isinstance(command, Restart)] == []
+    assert [command for command in s.wait(0.1) if isinstance(command, Restart)] == [Restart("a")]
+    assert [command for command in s.wait(20) if isinstance(command, Restart)] == []
 
 
 # --- lines that break under it ----------------------------------------------------------------------------------------
@@ -511,6 +569,33 @@ def test_who_does_not_let_us_in_counts_as_trusting_as_long_as_it_says_so() -> No
     assert ends(s.wait(0.002)) == [(number, True)]
 
 
+def test_a_daemon_that_died_may_have_let_somebody_trust_who_is_gone_since() -> None:
+    """Nobody knows whom: so nothing is answered, and nobody, before a lease of it is over."""
+    s = Script("a", membership=CONTROL, after_crash=True)
+    number, _ = s.begin(5)
+    s.has_begin("a", number)
+    assert told(s.end(number)) == []
+    assert acks(s.c.begun("a", BEGIN(1, (6,)))) == []
+    commands = s.wait(KEPT_S - 0.001)
+    assert (told(commands), acks(commands)) == ([], [])
+    commands = s.wait(0.002)
+    assert told(commands) == [("a", END(number))]
+    assert acks(commands) == [Reply("a", wire.Welcome(1)), Reply("a", wire.Ack(1, False, 1))]
+
+
+def test_one_that_resigned_knows_whom() -> None:
+    s = Script("a", membership=CONTROL, before=Left({"a": DAEMON["a"], "x": DAEMON["x"]}))
+    number, _ = s.begin(5)
+    s.has_begin("a", number)
+    assert told(s.end(number)) == []
+    assert told(s.wait(KEPT_S - 0.001)) == []
+    assert told(s.wait(0.002)) == [("a", END(number))]
+    s = Script("a", membership=CONTROL, before=Left({"a": DAEMON["a"]}))
+    number, _ = s.begin(5)
+    s.has_begin("a", number)
+    assert told(s.end(number)) == [("a", END(number))]
+
+
 # --- members that go and come ----------------------------------------------------------------------------------------
 
 
@@ -558,11 +643,8 @@ def test_others_are_not_answered_either_while_somebody_gone_may_hold_a_lease_of_
     s.view("a", version=2)
     assert s.c.begun("a", BEGIN(1, (5,))) == [Mark((5,)), Pass((5,))]
     assert s.c.ended("a", END(1)) == [Pass((5,)), Unmark((5,))]
-    assert not [c for c in s.wait(KEPT_S - 0.001) if isinstance(c, Reply) and isinstance(c.message, wire.Ack)]
-    assert [c for c in s.wait(0.002) if isinstance(c, Reply) and isinstance(c.message, wire.Ack)] == [
-        Reply("a", wire.Ack(1, False, 2)),
-        Reply("a", wire.Ack(1, True, 2)),
-    ]
+    assert acks(s.wait(KEPT_S - 0.001)) == []
+    assert acks(s.wait(0.002)) == [Reply("a", wire.Ack(1, False, 2)), Reply("a", wire.Ack(1, True, 2))]
 
 
 def test_what_was_not_answered_on_a_line_is_not_answered_on_the_next_one() -> None:
@@ -573,8 +655,7 @@ def test_what_was_not_answered_on_a_line_is_not_answered_on_the_next_one() -> No
     s.c.begun("a", BEGIN(1, (5,)))
     s.c.left("a")
     s.heard("a", daemon=999)
-    commands = s.wait(KEPT_S + 0.01)
-    assert not [c for c in commands if isinstance(c, Reply) and isinstance(c.message, wire.Ack)]
+    assert acks(s.wait(KEPT_S + 0.01)) == [Reply("a", wire.Welcome(2))]
 
 
 def test_a_view_without_a_member_unmarks_what_it_wrote() -> None:
@@ -679,6 +760,17 @@ def test_whoever_shows_a_newer_view_is_asked_for_it(how: str) -> None:
     assert s.c.outdated
 
 
+def test_as_long_as_it_is_not_told_it_asks_again_and_not_everybody() -> None:
+    s = Script("a", "h", "w", "x", membership=CONTROL)
+    assert s.has_end("x", 99, version=2) == [Tell("x", wire.AskView())]
+    asks = [Tell(name, wire.AskView()) for name in ("a", "h", "w")]
+    assert [command for command in s.wait(0) if command in asks] == asks
+    assert [command for command in s.wait(0.9 * LEASE_S) if command in asks] == []
+    assert [command for command in s.wait(0.1 * LEASE_S) if command in asks] == asks
+    s.view("a", "h", "w", "x", version=2)
+    assert [command for command in s.wait(LEASE_S) if command in asks] == []
+
+
 def test_the_view_is_told_to_who_asks() -> None:
     s = Script("a", membership=CONTROL)
     assert s.c.view_for_asker() == wire.Viewed(View(1, (member("a"), member("n"))))
@@ -705,6 +797,17 @@ def test_a_member_that_has_resigned_is_passed_over_at_once_and_told_later() -> N
     number, _ = s.begin(7)
     s.has_begin("h", number)
     assert told(s.end(number)) == []  # it is waited for again
+
+
+def test_control_it_is_passed_over_only_while_our_own_row_holds() -> None:
+    """Its next daemon may be there already, and we be the one who is cut off."""
+    s = Script("a", membership=CONTROL)
+    s.c.resigned("a", s.now)
+    s.c.lost("a")
+    s.now += 0.9 * MEMBER_LEASE_S
+    number, _ = s.begin(5)
+    assert ends(s.end(number)) == []
+    assert ends(s.stood()) == [(number, True)]
 
 
 def test_a_member_that_has_resigned_is_waited_for_from_the_next_hello_on() -> None:
