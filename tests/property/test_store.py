@@ -40,7 +40,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.dir = tempfile.mkdtemp(prefix="kos-store-")
-        self.settings = Settings(os.path.join(self.dir, "cache"), size_bytes=2 * 1024 * KIB + 9 * 1024 * KIB)
+        self.settings = Settings(os.path.join(self.dir, "cache"), size_bytes=2 * 1024 * KIB + 10 * 1024 * KIB)
         self.clock = FakeClock()
         self.disk = FaultyDisk()
         self.boot = 0
