@@ -82,6 +82,24 @@ async def test_a_home_that_is_gone_before_the_question(tmp_path: Path, policy: s
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+async def test_while_a_home_is_gone_the_next_node_asks_once_for_all(tmp_path: Path, policy: str) -> None:
+    """However many come while its fill is under way."""
+    async with PeerCluster(tmp_path, 4, rules=rules(policy)) as them:
+        them.origin.put("b", "k", MIDDLE)
+        home, second, *others = them.order("b", "k")
+        await home.gone()
+        hold = them.origin.hold(at="body", body_bytes=20_000, times=None)
+        reading = [asyncio.ensure_future(others[0].read("b", "k"))]
+        await hold.reached()
+        await until(lambda: second.carrier.stats().fills)
+        reading += [asyncio.ensure_future(node.read("b", "k")) for node in others for _ in range(3)]
+        await until(lambda: second.count(wire.OBJECT) == 2)
+        hold.release()
+        assert all(each.body == MIDDLE for each in await asyncio.gather(*reading))
+        assert len(them.origin.requests) == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("body", [SMALL, MIDDLE, LARGE])
 async def test_nobody_else_is_there(tmp_path: Path, policy: str, body: bytes) -> None:
     async with PeerCluster(tmp_path, rules=rules(policy), cluster=IMPATIENT) as them:
