@@ -542,6 +542,41 @@ async def test_members_find_each_other_in_the_store(control: Them) -> None:
     assert json.loads(w.hub.report()) == {"capacity_bytes": w.settings.cache.size_bytes}
 
 
+async def test_who_was_no_member_for_a_while_doubts_all_it_knows(control: Them) -> None:
+    (w,) = await control.start("w")
+    epoch = w.fence.epoch
+    assert epoch != 0
+    control.store.remove("w")
+    await control.until(lambda: w.fence.incarnation == 2)
+    assert w.fence.epoch not in (0, epoch)
+    await control.until(lambda: w.trusts)
+
+
+async def test_what_ended_while_it_was_no_member_is_told_when_it_is_one(control: Them) -> None:
+    (a,) = await control.start("a")
+    control.store.away = "down"
+    (w,) = control.add("w")
+    await w.start()
+    w.hub.forget(w.hub.begin([SLOT]))
+    value, other = a.value(SLOT), a.value(OTHER)
+    assert (value, other) == (a.value(SLOT), a.value(OTHER))
+    control.store.away = ""
+    epoch = a.fence.epoch
+    await control.until(lambda: w.trusts and a.trusts)
+    await control.until(lambda: a.value(SLOT) ^ a.fence.epoch != value ^ epoch)
+    assert a.value(OTHER) ^ a.fence.epoch == other ^ epoch
+
+
+async def test_one_that_stops_has_no_more_to_do_with_the_store(control: Them) -> None:
+    """A heartbeat that is answered when it has resigned would have it trusted again."""
+    w, _ = await control.start("w", "a")
+    hub = w.hub
+    await hub.close()
+    assert hub._membership is not None
+    assert hub._membership.cancelled()
+    assert not w.trusts
+
+
 async def test_a_return_in_time_keeps_what_is_known(control: Them) -> None:
     _, a = await control.start("w", "a")
     epoch, incarnation = a.fence.epoch, a.fence.incarnation
@@ -792,8 +827,9 @@ async def test_who_cannot_be_asked_is_away(static: Them, monkeypatch: pytest.Mon
     asking = asyncio.create_task(w.hub.ask("a", "silence", b""))
     await static.turn()
     await a.die()
-    with pytest.raises(Away):
+    with pytest.raises(Away) as away:
         await asking
+    assert "no answer within" not in str(away.value)
     assert w.hub._asks == {}
 
 

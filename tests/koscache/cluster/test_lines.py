@@ -474,6 +474,17 @@ async def test_a_proof_is_of_all_that_it_is_for(make: Make, said: dict[str, Any]
     assert a.talk.events == []
 
 
+async def test_a_proof_that_was_made_for_another_cannot_be_passed_on(make: Make) -> None:
+    a = await make("a")
+    stranger = await Stranger.connect(a)
+    challenge = await stranger.hear(wire.Challenge)
+    nonces = challenge.nonce, os.urandom(wire.NONCE_BYTES)
+    stranger.say(wire.Knock(wire.PROTOCOL, "w", "b", 7, nonces[1], wire.proof(SECRET, "knock", nonces, "w", "b", 7)))
+    assert await stranger.hear(wire.Refused)
+    assert await stranger.ended()
+    assert a.talk.events == []
+
+
 async def test_a_proof_cannot_be_played_back(make: Make) -> None:
     a = await make("a")
     first = await Stranger.connect(a)
