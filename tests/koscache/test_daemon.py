@@ -462,6 +462,34 @@ async def test_the_end_of_several_is_answered_when_all_are_heard_of(members: Cal
     worker.die()
 
 
+@pytest.mark.parametrize("outcomes", [(True, True), (True, False), (False, True)])
+async def test_it_is_answered_once_and_by_all_outcomes_together(
+    members: Callable[..., Any], outcomes: tuple[bool, bool]
+) -> None:
+    (w,) = await members("w")
+    endings: list[asyncio.Future[bool]] = []
+
+    def end(handle: int) -> asyncio.Future[bool]:
+        endings.append(asyncio.get_running_loop().create_future())
+        return endings[-1]
+
+    w.daemon._hub.end = end
+    worker = await Worker.connect(w.config)
+    worker.say(ipc.WriteBegin(1, [SLOT]), ipc.WriteBegin(2, [OTHER]), ipc.AskEnd(77, [1, 2]))
+    await worker.in_order()
+    assert len(endings) == 2
+    endings[1].set_result(outcomes[1])
+    await worker.in_order()
+    assert ipc.Done(77, True) not in worker.heard
+    assert ipc.Done(77, False) not in worker.heard
+    endings[0].set_result(outcomes[0])
+    await worker.hear(ipc.Done, 3)
+    assert [message for message in worker.heard if isinstance(message, ipc.Done) and message.ask == 77] == [
+        ipc.Done(77, all(outcomes))
+    ]
+    worker.die()
+
+
 @pytest.mark.parametrize("tokens", [(99,), (1, 99), (99, 1), (1, 1), ()])
 async def test_what_the_daemon_does_not_know_has_not_been_heard_of(
     members: Callable[..., Any], tokens: tuple[int, ...]

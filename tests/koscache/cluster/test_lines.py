@@ -428,8 +428,8 @@ async def test_and_one_that_stops_within_a_frame(make: Make, watched: FakeClock)
     ],
     ids=["http", "ones", "long", "no message", "not for a listener"],
 )
-async def test_garbage_ends_a_line_at_once(make: Make, junk: bytes) -> None:
-    a = await make("a")
+async def test_garbage_ends_a_line_at_once(make: Make, watched: FakeClock, junk: bytes) -> None:
+    a = await make("a", clock=watched)
     stranger = await Stranger.connect(a)
     stranger.say_bytes(junk)
     assert await stranger.ended()
