@@ -69,7 +69,6 @@ from tests.conditions import until
 from tests.fakes import cache_node
 from tests.fakes.cache_node import KIB, ShiftedClock
 from tests.fakes.origin import FakeOrigin
-from tests.fakes.ports import free_ports
 from tests.fakes.proxy import Lines
 
 SECRET: Final = "a secret of the whole cluster"
@@ -85,6 +84,12 @@ _KINDS: Final[dict[str, Any]] = {
     wire.AHEAD: wire.AskAhead,
     wire.TAKE: wire.AskTake,
 }
+
+
+#: Of the loopback network, where no other process looks for free ports; each is used once.
+_PID: Final = os.getpid()
+_HOST: Final = f"127.{64 + (_PID >> 16) % 64}.{_PID >> 8 & 0xFF}.{_PID & 0xFF}"
+_PORTS: Final = itertools.count(20_000)
 
 
 @functools.lru_cache(maxsize=64)
@@ -603,12 +608,7 @@ class PeerCluster:
         await self.origin.start()
         self.origin.create_bucket("b")
         names = [f"n{index + 1}" for index in range(self._count)]
-        ports = free_ports(2 * self._count) if self._hub else [0] * 2 * self._count
-        peer, lines = ports[: self._count], ports[self._count :]
-        members = tuple(
-            config.Member(name=name, peer=f"127.0.0.1:{peer[at]}", cluster=f"127.0.0.1:{lines[at]}")
-            for at, name in enumerate(names)
-        )
+        members = tuple(config.Member(name=name, peer=self._address(), cluster=self._address()) for name in names)
         for at, name in enumerate(names):
             settings = msgspec.structs.replace(
                 cache_node.settings(
@@ -651,6 +651,10 @@ class PeerCluster:
             for node in self.nodes:
                 # 25 MB each; pytest keeps the directories of the last runs.
                 shutil.rmtree(self._directory / node.name)
+
+    def _address(self) -> str:
+        """Members of a static cluster know each other's ports beforehand."""
+        return f"{_HOST}:{next(_PORTS)}" if self._hub else "127.0.0.1:0"
 
     def _left_over(self) -> list[str]:
         return [f"{node.name}: {what}" for node in self.nodes for what in node.left_over()]

@@ -307,7 +307,7 @@ examples = given(
 too_large = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=15, suppress_health_check=too_large)
+@settings(max_examples=10, suppress_health_check=too_large)
 @examples
 def test_what_is_read_is_one_versions_bytes(history: list[Any], count: int, policy: Policy, patience_s: float) -> None:
     asyncio.run(carry_out(history, count, policy, patience_s))

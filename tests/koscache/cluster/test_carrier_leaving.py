@@ -19,7 +19,7 @@ from tests.fakes.peering import BLOCK, PeerCluster, PeerNode, take_into
 
 LARGE = random.Random(65).randbytes(3 * BLOCK + 500)
 SOON_S = 10.0
-POLICIES = ["never", "hot", "always"]
+POLICIES = ["never", "always"]
 
 
 def rules(policy: str) -> tuple[Rule, ...]:
