@@ -416,6 +416,23 @@ async def test_its_state_is_kept_in_the_store(node: Node) -> None:
         await node.membership.set_state("me", MemberState.ACTIVE)
 
 
+async def test_a_change_of_its_own_while_a_heartbeat_is_answered_is_no_store_that_went_back(node: Node) -> None:
+    await node.start()
+    node.store.hold_answers = held = asyncio.Event()
+    await node.clock.advance(HEARTBEAT_S)
+    assert node.beats() == 1
+    node.store.hold_answers = None
+    assert await node.membership.set_state("me", MemberState.DRAINING)
+    version = node.store.version
+    held.set()
+    await settle()
+    await node.clock.advance(2 * HEARTBEAT_S)
+    assert "expelled" not in node.heard.kinds()
+    assert node.heard.last("stood")
+    assert node.heard.view is not None
+    assert (node.heard.view.version, node.heard.view.members[0].state) == (version, MemberState.DRAINING)
+
+
 async def test_it_leaves_for_good_and_does_not_mind_a_store_that_is_away(node: Node) -> None:
     node.store.put("other", 60)
     await node.start()
