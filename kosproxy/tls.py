@@ -148,7 +148,8 @@ class Secured(asyncio.Transport, asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         self._paused = False
         self._own_bytes = 0
-        if self._protocol is not None:
+        # What was closed has now sent its last, and is lost next. To abort it from here makes asyncio lose it twice.
+        if self._protocol is not None and not self._closing:
             self._protocol.resume_writing()
 
     # -- the handshake

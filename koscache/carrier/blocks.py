@@ -88,17 +88,17 @@ class Blocks:
         if ticket is not None:
             ticket.offered = True
         length = block_length(record.size, number, self._context.cache.block_bytes)
+        to_origin = self._to_origin(bucket, key, record, number, ticket, direct, only)
 
         def reply(message: Any) -> None:
             del self._asking[at]
-            source = self._answered(message, at, bucket, key, record, length, on_request, ticket, direct, only)
+            source = self._answered(message, at, bucket, key, record, length, on_request, ticket, to_origin, only)
             if ticket is not None:
                 ticket.settled(passed=isinstance(source, PassReason))
             if not future.done():
                 future.set_result(source)
 
         content = record.content
-        to_origin = direct or self._to_origin(bucket, key, record, number, only)
         self._context.link.ask(
             lambda ask: ipc.AskBlock(
                 ask, bucket, key, content, number, length, touch, ahead, record, to_origin, direct
@@ -109,11 +109,11 @@ class Blocks:
 
     def _answered(
         self, message: Any, at: BlockKey, bucket: str, key: str, record: Record, length: int, on_request: OnRequest,
-        ticket: Ticket | None, direct: bool, only: str | None,
+        ticket: Ticket | None, to_origin: bool, only: str | None,
     ) -> Source:  # fmt: skip
         if isinstance(message, ipc.BlockLead):
             return self._lead(
-                message.lease, message.extent, at, bucket, key, record, length, on_request, ticket, direct, only
+                message.lease, message.extent, at, bucket, key, record, length, on_request, ticket, to_origin, only
             )
         if isinstance(message, ipc.BlockFollow):
             growing = Growing(
@@ -128,15 +128,13 @@ class Blocks:
 
     def _lead(
         self, lease: int, extent: Extent | None, at: BlockKey, bucket: str, key: str, record: Record, length: int,
-        on_request: OnRequest, ticket: Ticket | None, direct: bool, only: str | None,
+        on_request: OnRequest, ticket: Ticket | None, to_origin: bool, only: str | None,
     ) -> Source:  # fmt: skip
-        growing = Growing(
-            length, extent, local=True, to_origin=direct or self._to_origin(bucket, key, record, at[1], only)
-        )
+        growing = Growing(length, extent, local=True, to_origin=to_origin)
         response = None if ticket is None else ticket.take()
         start = at[1] * self._context.cache.block_bytes
         fill = Fill(
-            self._context, growing, lease, bucket, key, record, start, response, on_request, direct=direct, only=only
+            self._context, growing, lease, bucket, key, record, start, response, on_request, direct=to_origin, only=only
         )
         try:
             self._context.tasks.spawn(self._run(fill, at, growing), "fill")
@@ -149,8 +147,16 @@ class Blocks:
         self._fills[lease] = fill
         return growing
 
-    def _to_origin(self, bucket: str, key: str, record: Record, number: int, only: str | None) -> bool:
-        return only is None and not self._context.upstream.remote(bucket, key, record, number)
+    def _to_origin(
+        self, bucket: str, key: str, record: Record, number: int, ticket: Ticket | None, direct: bool, only: str | None
+    ) -> bool:
+        """Whether the block comes from the origin. What the origin has begun to send, it sends to the end: who brings a block
+        on behalf of another node may wait for such a fill, and so for no node."""
+        if direct or only is not None:
+            return direct
+        if ticket is not None and ticket.of_origin:
+            return True
+        return not self._context.upstream.remote(bucket, key, record, number)
 
     async def _run(self, fill: Fill, at: BlockKey, growing: Growing) -> None:
         lease = fill.lease

@@ -323,8 +323,7 @@ class Body:
                     yield BytesPiece(growing.body[at:end])
                     self._position = begin + end
                     return
-                if extent is None:
-                    return  # a small block that is in the index by now, without a body to share: looked for again
+                assert extent is not None, "bytes of a small block come with its body"
                 if fd < 0:
                     fd = self._context.reader.borrow(extent.segment)
                 length = min(growing.watermark, end) - at

@@ -122,9 +122,10 @@ class Fill:
         self._growing.end(outcome)
 
     def follow(self) -> None:
-        """Somebody in another worker reads behind."""
-        self.followed = True
-        self._tell(self._growing.watermark)
+        """Somebody in another worker reads behind. A small block is seen there when it is in the index, and not before."""
+        if self._growing.extent is not None:
+            self.followed = True
+            self._tell(self._growing.watermark)
 
     def _moved(self, watermark: int) -> None:
         self._growing.advance(watermark)
@@ -217,6 +218,9 @@ class Fill:
             )  # fmt: skip
         if isinstance(response, PeerResponse):
             self._member, self._expected = response.member, checksum_of(response)
+        else:
+            # To the end, so that who brings a block on behalf of another node may wait for this fill.
+            self._direct = self._growing.to_origin = True
         return response
 
     async def _failed_attempt(self, error: Exception, attempts: int) -> int:

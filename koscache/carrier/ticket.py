@@ -36,12 +36,13 @@ class Response(Protocol):
 
 
 class Ticket:
-    """start, stop: the slice of the object that the answer's body is."""
+    """start, stop: the slice of the object that the answer's body is. of_origin: it is the origin's, not another node's."""
 
-    __slots__ = ("_response", "offered", "start", "stop", "unwanted")
+    __slots__ = ("_response", "of_origin", "offered", "start", "stop", "unwanted")
 
-    def __init__(self, response: Response, start: int, stop: int) -> None:
+    def __init__(self, response: Response, start: int, stop: int, *, of_origin: bool = True) -> None:
         self._response: Response | None = response
+        self.of_origin = of_origin
         self.start = start
         self.stop = stop
         #: a block was asked for that this answer may fill: whether it is the client's is decided by the daemon's answer

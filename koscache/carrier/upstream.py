@@ -227,7 +227,7 @@ class Upstream:
             answer.phase = Phase.STALE
         answer.fills = copy
         if said.start < said.stop and response.content_length == said.stop - said.start:
-            answer.ticket = Ticket(response, said.start, said.stop)
+            answer.ticket = Ticket(response, said.start, said.stop, of_origin=False)
             if said.start == 0 and not copy:
                 self.touched_first(record)
         else:

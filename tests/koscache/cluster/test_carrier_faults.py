@@ -644,6 +644,22 @@ async def test_nodes_of_different_block_sizes(tmp_path: Path) -> None:
             await them.settled()
 
 
+async def test_a_small_block_that_is_still_compared_is_waited_for_by_the_other_worker(tmp_path: Path) -> None:
+    """The first has its bytes; the second sees them when they are in the store, and asks nobody."""
+    async with PeerCluster(tmp_path, rules=rules("always"), workers=2) as them:
+        record = await known(them, "k", SMALL)
+        owner, _, reader = them.block_order("b", "k", record, 0)
+        comparing = owner.fault(path=wire.CHECKSUM, stall=-1)
+        first = asyncio.ensure_future(reader.read("b", "k"))
+        await comparing.met()
+        assert (await first).body == SMALL
+        second = asyncio.ensure_future(reader.read("b", "k", worker=1))
+        await until(lambda: reader.workers[1].carrier._blocks._followed)
+        comparing.end()
+        assert (await second).body == SMALL
+        assert owner.count(wire.BLOCK) == 1 and not reader.asked
+
+
 async def test_a_refusal_that_is_always_asked_for_reaches_all_workers(tmp_path: Path) -> None:
     async with PeerCluster(tmp_path, rules=rules("hot", ALWAYS), workers=2) as them:
         workers = [(node, at) for node in them.nodes for at in range(2)] * 6
