@@ -44,6 +44,9 @@ from kos.control.database import Database
 from kos.control.errors import Expelled, Superseded
 from kos.control.tables import CLUSTER, MEMBERS, now_s
 
+#: A store that is behind what a node has seen of it was restored from a backup. Its numbers are lifted so far beyond that none
+#: that it gave out before, and that another node may have seen, is given out again.
+RESTORED_LIFT: Final = 1000
 #: Each heartbeat carries one, and a look at the cluster all of them.
 REPORT_MAX_BYTES: Final = 4096
 
@@ -107,8 +110,10 @@ class MemberStore(Protocol):
     """All of it raises ControlUnavailable within control.timeout_s. What was asked for may have been done then; it can be
     asked for again."""
 
-    async def join(self, me: MemberRow, holder: int, ttl_s: float) -> Joined:
+    async def join(self, me: MemberRow, holder: int, ttl_s: float, known_version: int = -1) -> Joined:
         """Become a member for ttl_s from now, or take over the row of that name, whoever holds it.
+
+        known_version: the highest version of a view of this store that the node has seen. The joined one is higher, or equal.
 
         me.incarnation: the last one under which this node was a member, as it remembers it together with what it trusts;
         0 for none. Not that a row was found makes a return a resumption: an earlier process of the node may have made the
@@ -166,17 +171,22 @@ class Members:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def join(self, me: MemberRow, holder: int, ttl_s: float) -> Joined:
+    async def join(self, me: MemberRow, holder: int, ttl_s: float, known_version: int = -1) -> Joined:
         _check_report(me.report)
 
         async def work(connection: AsyncConnection) -> Joined:
             last = (await connection.execute(_LOCKED)).one()
+            last_incarnation = last.last_incarnation
+            if last.view_version < known_version:
+                last_incarnation += RESTORED_LIFT
+                lifted = {"view_version": known_version + RESTORED_LIFT, "last_incarnation": last_incarnation}
+                await connection.execute(update(CLUSTER).values(lifted))
             named = MEMBERS.c.name == me.name
             found = (await connection.execute(select(MEMBERS).where(named))).mappings().one_or_none()
             seen = {"peer": me.peer, "cluster": me.cluster, "weight": me.weight}
             values = seen | {"holder": holder, "report": me.report, "expires_at": now_s() + ttl_s}
             if found is None:
-                incarnation = last.last_incarnation + 1
+                incarnation = last_incarnation + 1
                 new = {"name": me.name, "incarnation": incarnation, "state": me.state.value, "joined_at": now_s()}
                 await connection.execute(insert(MEMBERS).values(new | values))
                 await connection.execute(update(CLUSTER).values(last_incarnation=incarnation))

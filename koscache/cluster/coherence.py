@@ -189,8 +189,8 @@ class _In:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What a daemon that resigned has left for the next one. heard: the daemons of other members, whose Hellos it has heard.
-    skipped: for each member what it missed; None: too much to say."""
+    """What a daemon that resigned has left for the next one. heard: the other members, each with its daemon, or 0 if it has heard
+    no Hello of it. skipped: for each member what it missed; None: too much to say."""
 
     heard: Mapping[str, int] = field(default_factory=dict)
     skipped: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
@@ -337,7 +337,10 @@ class Coherence:
         if self._view.version < 0:
             # Of the daemon before: promises to members that are gone since.
             gone = [name for name in self._before.heard if view.find(name) is None]
-            self._parting.update(dict.fromkeys([*gone, *([""] if self._after_crash else [])], now))
+            gone += [""] if self._after_crash else []  # whoever that was
+            self._parting.update(dict.fromkeys(gone, now))
+            if gone and self._trusted_before <= now:
+                commands.append(NewEpoch("who is gone may have passed over the daemon that was here before"))
         self._view = view
         self._heard_version = max(self._heard_version, view.version)
         for name, (_, version) in list(self._announced.items()):
@@ -714,7 +717,7 @@ class Coherence:
         }
         self._resigned = True
         self._trusted_until = 0.0
-        heard = {name: inn.daemon for name, inn in self._ins.items() if inn.daemon is not None}
+        heard = {name: inn.daemon or 0 for name, inn in self._ins.items()}
         told: list[Command] = [Reply(name, wire.Resigned()) for name, inn in self._ins.items() if inn.up]
         return Left(heard, skipped), [Trust(0.0), *told]
 

@@ -683,8 +683,8 @@ class Hub:
             return None
         except (OSError, msgspec.MsgspecError) as error:
             _log.warning("what the last daemon left cannot be read", extra={"reason": str(error)})
-            return co.Left()
+            return None
         if resigned.boot_id != read_boot_id():
-            return co.Left()
+            return None
         self._daemon = resigned.daemon
         return resigned.left

@@ -72,6 +72,7 @@ class _Out:
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[str] = loop.create_future()
         self.greeted: asyncio.Future[None] = loop.create_future()
+        self.greeted_at = 0.0
         self._nonces: tuple[bytes, bytes] | None = None
         self.heard_at = lines.clock.monotonic()
 
@@ -123,6 +124,7 @@ class _Out:
         connection.allow(wire.MESSAGE_BYTES_MAX)
         greeting = talk.greet(name)
         self.greeted.set_result(None)
+        self.greeted_at = lines.clock.monotonic()
         connection.send(
             wire.Hello(
                 talk.me, talk.daemon, greeting.version, lines.block_bytes, SLOTS, greeting.skipped, greeting.under_way
@@ -322,8 +324,8 @@ class Lines:
                     out.connection.abort("given up")
                 if self._outs.get(member.name) is out:
                     del self._outs[member.name]
-            if out.stands:
-                pause_s = _PAUSE_FIRST_S
+            if out.stands and self.clock.monotonic() - out.greeted_at > pause_s:
+                pause_s = _PAUSE_FIRST_S  # else it was greeted and turned away at once, and will be again
             if reason != said:
                 _log.warning("no line to a member", extra={"member": member.name, "reason": reason})
                 said = "" if out.stands else reason

@@ -53,8 +53,11 @@ def static_view(settings: Config) -> View:
 
 
 class Standing(Protocol):
-    """What the hub makes of this node's standing in the store."""
+    """What the hub makes of this node's standing in the store. version: of the view that it goes by, be it from the store or
+    from another member."""
 
+    @property
+    def version(self) -> int: ...
     def joined(self, me: Member, view: View, *, resumed: bool) -> None: ...
     def seen(self, view: View, since: float) -> None: ...
     def stood(self, until: float, late: Iterable[str]) -> None: ...
@@ -106,7 +109,7 @@ class ControlMembership:
             try:
                 await self._prepare()
                 sent = self._now()
-                joined = await self._store.join(row, self._holder, ttl_s)
+                joined = await self._store.join(row, self._holder, ttl_s, self._version)
             except ControlUnavailable as error:
                 self._store_away(str(error))
                 await self._clock.sleep(self._clock.jitter(_HURRY_S / 2, _HURRY_S))
@@ -129,7 +132,7 @@ class ControlMembership:
         while True:
             await self._clock.sleep(self._clock.jitter(0.8 * pause_s, pause_s))
             pause_s = self._cluster.heartbeat_s
-            sent, known = self._now(), self._version
+            sent, known = self._now(), max(self._version, self._standing.version)
             try:
                 beat = await self._store.heartbeat(
                     self.me.name, incarnation, self._holder, ttl_s, self._standing.report(), known
@@ -145,8 +148,10 @@ class ControlMembership:
             self._store_back()
             if beat.version < known:
                 _log.error("the control store has gone back to an earlier state: this node joins again")
+                self._version = known
                 self._standing.expelled()
                 return
+            self._version = beat.version
             if beat.rows is not None:
                 self._see(beat.rows, beat.version)
             self.looked_at = sent

@@ -14,7 +14,7 @@ import msgspec
 
 from kos.clock import Clock
 from kos.control.errors import ControlUnavailable, Expelled, Superseded
-from kos.control.members import Beat, Joined, MemberRow, MemberState, Rows
+from kos.control.members import RESTORED_LIFT, Beat, Joined, MemberRow, MemberState, Rows
 
 
 class MemberTable:
@@ -65,8 +65,11 @@ class MemberTable:
 
     # --- MemberStore
 
-    async def join(self, me: MemberRow, holder: int, ttl_s: float) -> Joined:
+    async def join(self, me: MemberRow, holder: int, ttl_s: float, known_version: int = -1) -> Joined:
         await self._before("join", me.name)
+        if self.version < known_version:
+            self.version = known_version + RESTORED_LIFT
+            self.last_incarnation += RESTORED_LIFT
         row = self._rows[me.name][0] if me.name in self._rows else None
         resumed = row is not None and row.incarnation == me.incarnation
         if row is None:

@@ -75,6 +75,26 @@ async def test_a_member_as_it_joined(stores: Stores) -> None:
     assert [identity(row) for row in joined.rows] == [identity(row) for row in seen.rows]
 
 
+async def test_a_store_that_is_behind_what_a_node_has_seen_of_it_is_lifted_beyond(stores: Stores) -> None:
+    """It was restored from a backup: no version or incarnation that it has given out since may come again."""
+    one, other = stores
+    first = await one.join(candidate("a"), new_holder(), LONG_S)
+    known = first.version + 7
+    joined = await other.join(candidate("b"), new_holder(), LONG_S, known)
+    assert joined.version > known + 100
+    assert joined.incarnation > first.incarnation + 100
+    assert [row.name for row in joined.rows] == ["a", "b"]
+    again = await one.join(candidate("a", incarnation=first.incarnation), new_holder(), LONG_S, known)
+    assert (again.incarnation, again.resumed, again.version) == (first.incarnation, True, joined.version)
+
+
+async def test_nothing_is_lifted_for_who_has_seen_no_more_than_there_is(stores: Stores) -> None:
+    one, other = stores
+    first = await one.join(candidate("a"), new_holder(), LONG_S)
+    second = await other.join(candidate("b"), new_holder(), LONG_S, first.version)
+    assert (second.incarnation, second.version) == (first.incarnation + 1, first.version + 1)
+
+
 async def test_rows_are_in_order_of_their_names(stores: Stores) -> None:
     """Of bytes, not of a language: "B" before "a"."""
     for name in ("b", "a-1", "B", "a.0", "a"):

@@ -23,7 +23,7 @@ from kos.tasks import Tasks
 from koscache import ipc
 from koscache.cluster import hub as hub_module
 from koscache.cluster import wire
-from koscache.cluster.coherence import Left, ProtocolBroken
+from koscache.cluster.coherence import ProtocolBroken
 from koscache.cluster.hub import Away, Hub
 from koscache.cluster.view import MemberState, View
 from koscache.fence import FOREVER_NS, Fence, _random_slots
@@ -465,13 +465,13 @@ async def test_what_cannot_be_read_is_as_if_nothing_was_left(static: Them, left:
 async def test_what_was_left_at_another_boot_is_not_believed(static: Them, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file may be there again after a loss of power, though a daemon has taken it up."""
     _, a = await static.start("w", "a")
-    number = a.hub.daemon
+    number, epoch = a.hub.daemon, a.fence.epoch
     await a.stop()
     monkeypatch.setattr(hub_module, "read_boot_id", lambda: "another boot")
     await static.pass_time(2 * LEASE_S)
     await a.start()
     assert a.hub.daemon != number
-    assert a.hub._before == Left() or a.hub._before is None
+    assert a.fence.epoch != epoch
 
 
 async def test_a_new_daemon_vouches_for_nothing_before_it_knows_what_is_under_way(static: Them) -> None:
@@ -697,6 +697,24 @@ async def test_a_store_that_has_gone_back_is_gone_by_from_then_on(control: Them)
     ending = w.hub.end(w.hub.begin([SLOT]))
     await control.until(ending.done, 5.0)
     assert await ending is True
+
+
+async def test_members_of_a_store_that_has_gone_back_are_one_cluster_again(control: Them) -> None:
+    """Each may have the view that was forgotten from another, who has not noticed yet."""
+    w, a, h = await control.start("w", "a", "h")
+    control.store.version += 10
+    await control.until(lambda: all(each.views[-1].version == control.store.version for each in (w, a, h)))
+    control.store.version -= 9
+    control.store.put("b", 2 * HEARTBEAT_S)  # one that only the backup knows
+    lifted = control.store.version + 100
+    await control.until(lambda: all(each.views[-1].version > lifted for each in (w, a, h)), 3 * HEARTBEAT_S)
+    await control.until(lambda: "b" not in control.store.names, 3 * MEMBER_LEASE_S)
+    await control.until(lambda: w.trusts and a.trusts and h.trusts, 2 * MEMBER_LEASE_S)
+    for each in (w, a, h):
+        ending = each.hub.end(each.hub.begin([SLOT]))
+        await control.until(ending.done, 5.0)
+        assert await ending is True
+    assert len({each.views[-1] for each in (w, a, h)}) == 1
 
 
 async def test_another_process_of_its_name_ends_it(control: Them) -> None:

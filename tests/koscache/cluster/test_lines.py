@@ -725,6 +725,32 @@ async def test_attempts_come_at_growing_pauses_and_at_the_first_one_again_after_
     assert pauses()[-1] <= 0.05
 
 
+async def test_who_is_let_in_and_turned_away_at_once_does_not_begin_at_the_first_pause(
+    make: Make, watched: FakeClock
+) -> None:
+    """Each attempt says a whole Hello."""
+    w, a = await make("w", clock=watched), await make("a", clock=watched)
+
+    def refuse(hello: wire.Hello) -> None:
+        raise ProtocolBroken("not now")
+
+    a.talk.on_hello = refuse
+    w.lines.follow({"a": a.member})
+
+    def pauses() -> list[float]:
+        return [slept for slept in watched.slept if slept != PING_S]
+
+    for count in range(1, 6):
+        await until(lambda: len(pauses()) >= count)  # noqa: B023
+        assert len(a.talk.hellos) == count
+        await watched.advance(pauses()[-1])
+    assert pauses()[4] > 0.3
+    await until(lambda: len(pauses()) == 6)
+    a.talk.on_hello = None
+    await watched.advance(1.0)
+    await until(lambda: a.talk.of("listening"))
+
+
 async def test_an_address_that_is_none_is_tried_again_like_any_other(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
