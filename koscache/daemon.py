@@ -226,7 +226,7 @@ class Daemon:
             self._closed(segment, session.number)
         if self._hub is not None:
             for handle in session.handles.values():
-                self._hub.forget(handle)
+                self._hub.writes.forget(handle)
         slots = sorted({slot for written in session.writes.values() for slot in written})
         if slots and self._fence is not None:
             self._bump(slots)
@@ -280,13 +280,13 @@ class Daemon:
     def _write_begin(self, session: _Session, message: ipc.WriteBegin) -> None:
         session.writes[message.token] = message.slots
         if self._hub is not None:
-            session.handles[message.token] = self._hub.begin(message.slots)
+            session.handles[message.token] = self._hub.writes.begin(message.slots)
 
     def _write_end(self, session: _Session, message: ipc.WriteEnd) -> None:
         session.writes.pop(message.token, None)
         handle = session.handles.pop(message.token, None)
         if self._hub is not None and handle is not None:
-            self._hub.forget(handle)
+            self._hub.writes.forget(handle)
 
     def _ask_end(self, session: _Session, message: ipc.AskEnd) -> None:
         hub = self._hub
@@ -296,10 +296,10 @@ class Daemon:
         if hub is None or None in handles or not handles:
             for handle in handles:
                 if hub is not None and handle is not None:
-                    hub.forget(handle)
+                    hub.writes.forget(handle)
             session.connection.send(ipc.Done(message.ask, False))
             return
-        left = {hub.end(handle) for handle in handles if handle is not None}
+        left = {hub.writes.end(handle) for handle in handles if handle is not None}
         number = session.number
 
         def heard(future: asyncio.Future[bool]) -> None:
@@ -532,11 +532,11 @@ class Daemon:
     async def _bump_later(self, slots: list[int]) -> None:
         """The origin may still carry out what the dead worker asked for, until its request must have ended."""
         hub = self._hub
-        handle = None if hub is None else hub.begin(slots)
+        handle = None if hub is None else hub.writes.begin(slots)
         await self._clock.sleep(self._config.origin.request_timeout_s)
         self._bump(slots)
         if hub is not None and handle is not None:
-            hub.forget(handle)
+            hub.writes.forget(handle)
 
 
 _HANDLERS: Final[dict[type, Callable[[Daemon, _Session, Any], None]]] = {

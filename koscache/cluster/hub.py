@@ -1,11 +1,10 @@
 """The daemon among the daemons: carries out what coherence decides, for the writes of this node's workers and for others'.
 
-Owns: this node's Coherence for as long as it is one incarnation, its lines, its standing in the control store, writes from
-their begin until all have heard of them, questions between daemons. Does not own: any decision (coherence), the fence's
-slots (fence), workers (koscache.daemon).
+Owns: this node's Coherence for as long as it is one incarnation, its lines, its standing in the control store, questions
+between daemons. Does not own: any decision (coherence), which writes there are (writes), the fence's slots (fence), workers
+(koscache.daemon).
 
-Invariant: a write is known here from begin() until it has been heard of everywhere or given up, whatever becomes of this
-node's membership meanwhile: under a new incarnation it is told again from its begin on.
+Invariant: what coherence decides is carried out before it is asked again, in the order in which it was decided.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +35,7 @@ from koscache.cluster.coherence import Coherence, Greeting, ProtocolBroken
 from koscache.cluster.lines import Lines
 from koscache.cluster.membership import ControlMembership, own_member, static_view
 from koscache.cluster.view import NOBODY, Member, MemberState, View
+from koscache.cluster.writes import Writes
 from koscache.fence import FOREVER_NS, Fence, boot_ns, read_boot_id
 
 _log: Final = logging.getLogger("koscache.cluster")
@@ -47,8 +46,6 @@ _TICKS_A_LEASE: Final = 10
 _ASK_S: Final = 5.0
 #: Questions of operators that wait at a time.
 _ASKS_MAX: Final = 4096
-#: Slots of writes that are remembered until this node is a member again.
-_FORGOTTEN_SLOTS_MAX: Final = 500_000
 #: How long after a fault of its own the membership is begun anew.
 _AGAIN_S: Final = 1.0
 #: What is left to those who hear of a stop to say so.
@@ -72,17 +69,6 @@ class _Resigned(msgspec.Struct, frozen=True):
 
 class Away(KosError):
     """The member cannot be asked just now."""
-
-
-@dataclass(slots=True, eq=False)
-class _Write:
-    """number: of the present Coherence; 0 for none. ending: its end is waited for until then."""
-
-    slots: tuple[int, ...]
-    number: int = 0
-    ending: asyncio.Future[bool] | None = None
-    until: float = math.inf
-    since: float = 0.0
 
 
 class Hub:
@@ -119,19 +105,13 @@ class Hub:
         self._coherence: Coherence | None = None
         self._view = NOBODY
         self._before: co.Left | None = None
-        self._writes: dict[int, _Write] = {}
-        self._by_number: dict[int, int] = {}
-        #: slots of writes that ended while this node was no member
-        self._forgotten: list[tuple[int, ...]] = []
-        self._handles = itertools.count(1)
-        # Random, so that what is said of a write of the daemon before means nothing to this one.
-        self._numbers = secrets.randbits(40)
+        #: of this node
+        self.writes = Writes(self._cluster.write_wait_s, now, self._do)
         self._control: ControlMembership | None = None
         self._membership: asyncio.Task[None] | None = None
         self._close_store: Callable[[], Awaitable[None]] | None = None
         self._asks: dict[int, tuple[str, asyncio.Future[bytes]]] = {}
         self._ask_numbers = itertools.count(1)
-        self._stopping = False
         host, _ = split_address(settings.listen.peer)
         assert self._cluster.secret is not None, "checked with the configuration"
         self._lines = Lines(
@@ -193,9 +173,7 @@ class Hub:
 
     async def close(self) -> None:
         """Ceases to trust, says so, and ends the lines. Writes that are waited for count as not heard of."""
-        self._stopping = True
-        for handle, write in list(self._writes.items()):
-            self._settle(handle, write, False)
+        self.writes.stop()
         if self._membership is not None:
             # A heartbeat or a view that came after this would make the node trusted, or a member, again.
             self._membership.cancel()
@@ -221,9 +199,10 @@ class Hub:
         self._coherence = Coherence(
             self._me.name, co.Membership(cluster.membership), cluster.lease_s,
             member_lease_s=cluster.member_lease_s, trusted_until=self._trusted_before(),
-            before=self._before, after_crash=after_crash, first=self._numbers,
+            before=self._before, after_crash=after_crash, first=self.writes.numbers,
         )  # fmt: skip
         self._before = None
+        self.writes.under(self._coherence)
 
     def _trusted_before(self) -> float:
         """As the daemon before this one left it; a node that had nobody beside it trusted for ever."""
@@ -246,19 +225,7 @@ class Hub:
             self._before = None
             self._daemon = secrets.randbits(63)
         self._begin_coherence(after_crash=resumed and self._before is None)
-        self._begin_again()
         self.seen(view, -math.inf)
-
-    def _begin_again(self) -> None:
-        """All writes that are known here, under a new Coherence."""
-        self._by_number.clear()
-        for handle, write in self._writes.items():
-            self._begin(handle, write)
-            if write.ending is not None:
-                self._end(write)
-        forgotten, self._forgotten = self._forgotten, []
-        for slots in forgotten:
-            self.forget(self.begin(slots))
 
     def seen(self, view: View, since: float) -> None:
         """See membership.Standing."""
@@ -283,10 +250,7 @@ class Hub:
         self._distrust()
         if self._fence is not None:
             self._fence.stop_vouching()  # and nothing is marked: who writes says so again when we are back
-        if self._coherence is not None:
-            # Those who wait are told again under the next one; so is what nobody waits for any more.
-            unfinished = self._coherence.unfinished()
-            self._forgotten += [slots for number, slots in unfinished.items() if number not in self._by_number]
+        self.writes.under_none()
         self._coherence = None
         self._view = NOBODY
         # What was passed over whom is forgotten with it: for the others it is another daemon that comes back.
@@ -314,72 +278,6 @@ class Hub:
         metrics.CLUSTER_EPOCHS.inc()
         self._fence.new_epoch()
 
-    # --- writes of this node ----------------------------------------------------------------------------------------------
-
-    def begin(self, slots: Iterable[int]) -> int:
-        """A write of these slots is about to be asked of the origin. Its handle, for end()."""
-        handle = next(self._handles)
-        write = _Write(tuple(slots), since=self._now())
-        self._writes[handle] = write
-        self._begin(handle, write)
-        return handle
-
-    def _begin(self, handle: int, write: _Write) -> None:
-        if self._coherence is not None:
-            write.number, commands = self._coherence.begin(write.slots, self._now())
-            self._numbers = write.number
-            self._by_number[write.number] = handle
-            self._do(commands)
-
-    def end(self, handle: int) -> asyncio.Future[bool]:
-        """The origin has answered. Done when every node has heard of it; False: not within write_wait."""
-        write = self._writes[handle]
-        assert write.ending is None, "a write ends once"
-        now = self._now()
-        write.since, write.until = now, now + self._cluster.write_wait_s
-        write.ending = ending = asyncio.get_running_loop().create_future()
-        if self._stopping:
-            self._settle(handle, write, False)
-        else:
-            self._end(write)
-        return ending
-
-    def _end(self, write: _Write) -> None:
-        c = self._coherence
-        if c is not None:
-            now = self._now()
-            self._do(c.end(write.number, now, max(write.until - now, 0.0)))
-
-    def forget(self, handle: int) -> None:
-        """As end(), for nobody."""
-        write = self._writes.pop(handle, None)
-        if write is None:
-            return
-        self._by_number.pop(write.number, None)
-        if self._coherence is None:
-            self._remember(write)
-        else:
-            self._do(self._coherence.end(write.number, self._now(), None))
-
-    def _remember(self, write: _Write) -> None:
-        """Others are to hear of it, for nobody's sake, when this node is a member again."""
-        if sum(map(len, self._forgotten)) < _FORGOTTEN_SLOTS_MAX:
-            self._forgotten.append(write.slots)
-
-    def _settle(self, handle: int, write: _Write, ok: bool) -> None:
-        if write.ending is None:
-            return
-        del self._writes[handle]
-        self._by_number.pop(write.number, None)
-        if ok:
-            metrics.CLUSTER_WRITE_SECONDS.observe(max(0.0, self._now() - write.since))
-        else:
-            metrics.CLUSTER_WRITES_REFUSED.inc()
-            if self._coherence is None:
-                self._remember(write)
-        if not write.ending.done():
-            write.ending.set_result(ok)
-
     # --- commands ---------------------------------------------------------------------------------------------------------
 
     def _do(self, commands: list[co.Command]) -> None:
@@ -405,9 +303,7 @@ class Hub:
             elif isinstance(command, co.Restart):
                 self._lines.restart(command.member)
             else:
-                handle = self._by_number.get(command.number)
-                if handle is not None:
-                    self._settle(handle, self._writes[handle], command.ok)
+                self.writes.ended(command.number, command.ok)
 
     # --- lines.Talk -------------------------------------------------------------------------------------------------------
 
@@ -611,10 +507,6 @@ class Hub:
     def in_trouble(self) -> dict[str, str]:
         return {} if self._coherence is None else self._coherence.in_trouble(self._now())
 
-    @property
-    def writes_waiting(self) -> int:
-        return sum(write.ending is not None for write in self._writes.values())
-
     # --- time -------------------------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
@@ -624,13 +516,11 @@ class Hub:
             now = self._now()
             if self._coherence is not None:
                 self._do(self._coherence.tick(now))
-            for handle, write in list(self._writes.items()):
-                if write.until <= now:
-                    self._settle(handle, write, False)
+            self.writes.look(now)
             metrics.CLUSTER_MEMBERS.set(len(self._view.members))
             metrics.CLUSTER_TROUBLED.set(len(self.in_trouble()))
             metrics.CLUSTER_TRUSTED.set(1 if self.trusting else 0)
-            metrics.CLUSTER_WRITES_WAITING.set(self.writes_waiting)
+            metrics.CLUSTER_WRITES_WAITING.set(self.writes.waiting)
 
     def _follow_fence(self) -> None:
         """Somebody took the fence's file away while we run: workers make a new one, which nobody is told to trust yet."""

@@ -181,7 +181,7 @@ class Operations:
             "hits": self._hits,
             "in_trouble": hub.in_trouble(),
             "control_away": hub.control_away,
-            "writes_waiting": hub.writes_waiting,
+            "writes_waiting": hub.writes.waiting,
             "drain": self._draining.progress(),
         }
 

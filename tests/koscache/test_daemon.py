@@ -365,7 +365,7 @@ class Member:
         """That its hub has not been told the end of, or is still waiting to have heard of."""
         hub = self.daemon._hub
         assert hub is not None
-        return len(hub._writes)
+        return len(hub.writes._writes)
 
 
 @pytest.fixture
@@ -473,7 +473,7 @@ async def test_it_is_answered_once_and_by_all_outcomes_together(
         endings.append(asyncio.get_running_loop().create_future())
         return endings[-1]
 
-    w.daemon._hub.end = end
+    w.daemon._hub.writes.end = end
     worker = await Worker.connect(w.config)
     worker.say(ipc.WriteBegin(1, [SLOT]), ipc.WriteBegin(2, [OTHER]), ipc.AskEnd(77, [1, 2]))
     await worker.in_order()

@@ -290,13 +290,13 @@ def control(clusters: Callable[[str], Them]) -> Them:
 async def test_a_write_passes_the_slots_of_all_others_before_it_is_done(static: Them) -> None:
     w, a, h = await static.start("w", "a", "h")
     before = {node: (node.value(SLOT), node.value(OTHER)) for node in (a, h)}
-    handle = w.hub.begin([SLOT])
+    handle = w.hub.writes.begin([SLOT])
     await until(lambda: not a.vouches() and not h.vouches())
     begun = {node: node.value() for node in (a, h)}
     assert all(begun[node] != before[node][0] for node in (a, h))
     assert a.trusts
     assert a.vouches(OTHER)
-    ending = w.hub.end(handle)
+    ending = w.hub.writes.end(handle)
     seen: list[bool] = []
     ending.add_done_callback(
         lambda _: seen.append(all(node.value() not in (begun[node], before[node][0]) for node in (a, h)))
@@ -306,15 +306,15 @@ async def test_a_write_passes_the_slots_of_all_others_before_it_is_done(static: 
     assert seen == [True]
     assert all(node.vouches() for node in (a, h))
     assert all(node.value(OTHER) == before[node][1] for node in (a, h))
-    assert w.hub.writes_waiting == 0
+    assert w.hub.writes.waiting == 0
 
 
 async def test_its_own_slots_pass_before_anybody_hears_the_end(static: Them) -> None:
     w, a = await static.start("w", "a")
-    handle = w.hub.begin([SLOT])
+    handle = w.hub.writes.begin([SLOT])
     await until(lambda: not a.vouches())
     own, others = w.value(), a.value()
-    ending = w.hub.end(handle)
+    ending = w.hub.writes.end(handle)
     await until(lambda: a.value() != others)
     assert w.value() != own
     assert await ending
@@ -323,7 +323,7 @@ async def test_its_own_slots_pass_before_anybody_hears_the_end(static: Them) -> 
 async def test_alone_a_write_is_done_at_once_and_trust_lasts_for_ever(static: Them) -> None:
     (w,) = await static.start("w")
     assert w.fence.trusted_until_ns == FOREVER_NS
-    ending = w.hub.end(w.hub.begin([SLOT]))
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
     assert ending.done()
     assert ending.result() is True
 
@@ -331,7 +331,7 @@ async def test_alone_a_write_is_done_at_once_and_trust_lasts_for_ever(static: Th
 async def test_writes_of_all_at_once(static: Them) -> None:
     nodes = await static.start("a", "b", "c")
     endings = [
-        node.hub.end(node.hub.begin([SLOT + each]))
+        node.hub.writes.end(node.hub.writes.begin([SLOT + each]))
         for each in range(50)
         for node in nodes
     ]  # fmt: skip
@@ -341,11 +341,11 @@ async def test_writes_of_all_at_once(static: Them) -> None:
 
 async def test_who_forgets_a_write_still_tells_of_its_end(static: Them) -> None:
     w, a = await static.start("w", "a")
-    handle = w.hub.begin([SLOT])
+    handle = w.hub.writes.begin([SLOT])
     await until(lambda: not a.vouches())
     begun = a.value()
-    w.hub.forget(handle)
-    w.hub.forget(handle)  # once is enough
+    w.hub.writes.forget(handle)
+    w.hub.writes.forget(handle)  # once is enough
     await until(a.vouches)
     assert a.value() != begun
 
@@ -354,8 +354,8 @@ async def test_after_write_wait_it_is_refused_and_goes_on_to_be_told(static: The
     """A renews, and acknowledges nothing."""
     w, a = await static.start("w", "a")
     a.hub._lines.reply = lambda name, message: True  # type: ignore[method-assign]
-    handle = w.hub.begin([SLOT])
-    ending = w.hub.end(handle)
+    handle = w.hub.writes.begin([SLOT])
+    ending = w.hub.writes.end(handle)
     coherence = w.hub._coherence
     assert coherence is not None
 
@@ -366,18 +366,18 @@ async def test_after_write_wait_it_is_refused_and_goes_on_to_be_told(static: The
     took = await static.until(renewed, WRITE_WAIT_S + 1)
     assert WRITE_WAIT_S - 0.5 <= took <= WRITE_WAIT_S + 0.5
     assert await ending is False
-    assert w.hub.writes_waiting == 0
+    assert w.hub.writes.waiting == 0
 
 
 async def test_who_stops_answers_what_waits_with_no(static: Them) -> None:
     w, a = await static.start("w", "a")
     await a.die()
-    waiting = w.hub.end(w.hub.begin([SLOT]))
-    under_way = w.hub.begin([OTHER])
+    waiting = w.hub.writes.end(w.hub.writes.begin([SLOT]))
+    under_way = w.hub.writes.begin([OTHER])
     hub = w.hub
     await w.stop()
     assert await waiting is False
-    assert await hub.end(under_way) is False
+    assert await hub.writes.end(under_way) is False
 
 
 # --- who is away, static ---------------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ async def test_who_stops_answers_what_waits_with_no(static: Them) -> None:
 async def test_a_dead_node_is_waited_for_as_long_as_its_lease_and_then_told_what_it_missed(static: Them) -> None:
     w, a = await static.start("w", "a")
     await a.die()
-    ending = w.hub.end(w.hub.begin([SLOT]))
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
     took = await static.until(ending.done, 5.0)
     assert took >= 0.5 * LEASE_S
     assert await ending is True
@@ -412,7 +412,7 @@ async def test_one_that_stops_says_so_and_its_next_daemon_misses_nothing(static:
     await until(lambda: w.hub._coherence is not None and w.hub._coherence._outs["a"].resigned)
     before = static.clock.monotonic()
     value = a.value()
-    assert await w.hub.end(w.hub.begin([SLOT]))
+    assert await w.hub.writes.end(w.hub.writes.begin([SLOT]))
     assert static.clock.monotonic() == before  # nobody waited for it
     await a.start()
     assert not (a.directory / "resigned.json").exists()
@@ -428,7 +428,7 @@ async def test_what_it_had_not_told_is_told_by_its_next_daemon(static: Them) -> 
     epoch, value = a.fence.epoch, a.value()
     await a.stop()
     await until(lambda: w.hub.in_trouble() == {"a": "no line"})
-    assert await w.hub.end(w.hub.begin([SLOT]))
+    assert await w.hub.writes.end(w.hub.writes.begin([SLOT]))
     await w.stop()
     assert json.loads((w.directory / "resigned.json").read_text())["left"]["skipped"] == {"a": [SLOT]}
     await w.start()
@@ -443,7 +443,7 @@ async def test_one_that_cannot_leave_word_is_waited_for(static: Them) -> None:
     (a.directory / "resigned.new").mkdir()
     await a.stop()
     assert not a.trusts
-    ending = w.hub.end(w.hub.begin([SLOT]))
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
     assert await static.until(ending.done, 5.0) > 0.4 * LEASE_S
     assert await ending is True
 
@@ -476,7 +476,7 @@ async def test_what_was_left_at_another_boot_is_not_believed(static: Them, monke
 
 async def test_a_new_daemon_vouches_for_nothing_before_it_knows_what_is_under_way(static: Them) -> None:
     w, a = await static.start("w", "a")
-    handle = w.hub.begin([SLOT])
+    handle = w.hub.writes.begin([SLOT])
     await until(lambda: not a.vouches())
     await a.die()
     assert a.trusts  # as before: no write has been answered without it
@@ -509,7 +509,7 @@ async def test_trust_that_an_earlier_daemon_was_given_for_ever_is_no_more_than_a
 
 async def test_a_fence_whose_file_was_taken_away_is_followed_and_nothing_of_it_trusted(static: Them) -> None:
     w, a = await static.start("w", "a")
-    handle = w.hub.begin([SLOT])
+    handle = w.hub.writes.begin([SLOT])
     await until(lambda: not a.vouches())
     old = a.open_fence()
     os.unlink(a.directory / "fence")
@@ -522,7 +522,7 @@ async def test_a_fence_whose_file_was_taken_away_is_followed_and_nothing_of_it_t
     assert not fresh.vouching(SLOT)  # a write is under way
     assert fresh.vouching(OTHER)
     before = fresh.value(SLOT)
-    assert await w.hub.end(handle)
+    assert await w.hub.writes.end(handle)
     assert fresh.value(SLOT) != before
     assert fresh.vouching(SLOT)
     old.close()
@@ -538,7 +538,7 @@ async def test_members_find_each_other_in_the_store(control: Them) -> None:
     assert w.views[-1].members[0].cluster == a.address
     assert (w.fence.incarnation, a.fence.incarnation) == (1, 2)
     assert w.hub.view == w.views[-1]
-    assert await w.hub.end(w.hub.begin([SLOT]))
+    assert await w.hub.writes.end(w.hub.writes.begin([SLOT]))
     assert json.loads(w.hub.report()) == {"capacity_bytes": w.settings.cache.size_bytes}
 
 
@@ -557,7 +557,7 @@ async def test_what_ended_while_it_was_no_member_is_told_when_it_is_one(control:
     control.store.away = "down"
     (w,) = control.add("w")
     await w.start()
-    w.hub.forget(w.hub.begin([SLOT]))
+    w.hub.writes.forget(w.hub.writes.begin([SLOT]))
     value, other = a.value(SLOT), a.value(OTHER)
     assert (value, other) == (a.value(SLOT), a.value(OTHER))
     control.store.away = ""
@@ -590,9 +590,9 @@ async def test_without_the_store_there_is_no_member_and_writes_wait(control: The
     control.store.away = "down"
     (w,) = control.add("w")
     await w.start()
-    ending = w.hub.end(w.hub.begin([SLOT]))
-    forgotten = w.hub.begin([OTHER])
-    w.hub.forget(forgotten)
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
+    forgotten = w.hub.writes.begin([OTHER])
+    w.hub.writes.forget(forgotten)
     await control.pass_time(5.0)
     assert not w.trusts
     assert w.hub.control_away == "down"
@@ -613,7 +613,7 @@ async def test_and_for_no_longer_than_write_wait(control: Them) -> None:
     control.store.away = "down"
     (w,) = control.add("w")
     await w.start()
-    ending = w.hub.end(w.hub.begin([SLOT]))
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
     assert WRITE_WAIT_S - 1 <= await control.until(ending.done, WRITE_WAIT_S + 1) <= WRITE_WAIT_S + 1
     assert await ending is False
 
@@ -624,7 +624,7 @@ async def test_with_the_store_away_for_all_they_go_on_by_each_others_leases(cont
     await control.pass_time(3 * MEMBER_LEASE_S)
     assert w.trusts
     assert a.trusts
-    assert await w.hub.end(w.hub.begin([SLOT]))
+    assert await w.hub.writes.end(w.hub.writes.begin([SLOT]))
     assert a.fence.trusted_until_ns <= (control.clock.monotonic() + LEASE_S) * 1e9
 
 
@@ -632,7 +632,7 @@ async def test_one_that_dies_is_put_out_and_a_write_waits_for_that_alone(control
     w, a, h = await control.start("w", "a", "h")
     await control.pass_time(MEMBER_LEASE_S)
     await a.die()
-    ending = w.hub.end(w.hub.begin([SLOT]))
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
     await control.pass_time(0.6 * MEMBER_LEASE_S)
     assert not ending.done()
     await control.until(ending.done, MEMBER_LEASE_S)
@@ -652,12 +652,12 @@ async def test_one_that_finds_itself_put_out_doubts_all_and_tells_its_writes_aga
     w, a = await control.start("w", "a")
     await control.pass_time(MEMBER_LEASE_S)
     epoch, daemon, incarnation = w.fence.epoch, w.hub.daemon, w.fence.incarnation
-    other = a.hub.begin([OTHER])
-    under_way, forgotten = w.hub.begin([SLOT]), w.hub.begin([SLOT + 10])
+    other = a.hub.writes.begin([OTHER])
+    under_way, forgotten = w.hub.writes.begin([SLOT]), w.hub.writes.begin([SLOT + 10])
     await until(lambda: not a.vouches(SLOT) and not w.vouches(OTHER))
     a.hub._lines.reply = lambda name, message: True  # type: ignore[method-assign]  # what a acknowledges is lost
-    waiting = w.hub.end(w.hub.begin([SLOT + 11]))
-    w.hub.forget(forgotten)
+    waiting = w.hub.writes.end(w.hub.writes.begin([SLOT + 11]))
+    w.hub.writes.forget(forgotten)
     await control.turn()
     del a.hub._lines.reply
     control.store.remove("w")
@@ -669,7 +669,7 @@ async def test_one_that_finds_itself_put_out_doubts_all_and_tells_its_writes_aga
     await control.until(lambda: a.vouches(SLOT + 10) and a.vouches(SLOT + 11))
     assert not a.vouches(SLOT)  # it is still under way
     assert not w.vouches(OTHER)
-    endings = w.hub.end(under_way), a.hub.end(other)
+    endings = w.hub.writes.end(under_way), a.hub.writes.end(other)
     await control.until(lambda: all(ending.done() for ending in endings), 5.0)
     assert all([await ending for ending in endings])
     await control.until(lambda: a.vouches(SLOT) and w.vouches(OTHER))
@@ -694,7 +694,7 @@ async def test_a_store_that_has_gone_back_is_gone_by_from_then_on(control: Them)
     await control.until(lambda: w.views[-1].version == control.store.version, 2 * HEARTBEAT_S)
     (a,) = await control.start("a")
     assert w.views[-1].version == a.views[-1].version == control.store.version
-    ending = w.hub.end(w.hub.begin([SLOT]))
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
     await control.until(ending.done, 5.0)
     assert await ending is True
 
@@ -711,7 +711,7 @@ async def test_members_of_a_store_that_has_gone_back_are_one_cluster_again(contr
     await control.until(lambda: "b" not in control.store.names, 3 * MEMBER_LEASE_S)
     await control.until(lambda: w.trusts and a.trusts and h.trusts, 2 * MEMBER_LEASE_S)
     for each in (w, a, h):
-        ending = each.hub.end(each.hub.begin([SLOT]))
+        ending = each.hub.writes.end(each.hub.writes.begin([SLOT]))
         await control.until(ending.done, 5.0)
         assert await ending is True
     assert len({each.views[-1] for each in (w, a, h)}) == 1
@@ -746,7 +746,7 @@ async def test_a_fault_of_its_own_does_not_end_its_membership(control: Them) -> 
     control.store.heartbeat = heartbeat  # type: ignore[method-assign]
     await control.until(lambda: control.store.heartbeat == answered, HEARTBEAT_S + 1)
     await control.until(lambda: w.trusts and a.trusts)
-    ending = w.hub.end(w.hub.begin([SLOT]))
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
     await control.until(ending.done, 5.0)
     assert await ending is True
 
@@ -889,7 +889,7 @@ async def test_metrics_say_how_it_stands(static: Them) -> None:
     assert metrics.CLUSTER_MEMBERS._value.get() == 2
     assert metrics.CLUSTER_TRUSTED._value.get() == 1
     await a.die()
-    ending = w.hub.end(w.hub.begin([SLOT]))
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
     await static.pass_time(0.25)
     assert metrics.CLUSTER_TROUBLED._value.get() == 1
     assert metrics.CLUSTER_WRITES_WAITING._value.get() == 1
