@@ -20,7 +20,7 @@ from kos.errors import OriginBroken
 from kos.tasks import Tasks
 from koscache.carrier import peer_wire as wire
 from koscache.carrier.peer_response import PeerResponse
-from koscache.carrier.peer_wire import AskAhead, AskBlock, AskObject, Failed, Said
+from koscache.carrier.peer_wire import AskAhead, AskBlock, AskObject, AskTake, Failed, Said
 from koscache.carrier.peers import Peers, failed_of
 from koscache.cluster.view import Member, View
 from koscache.content import Record, body_checksum
@@ -69,7 +69,9 @@ class Home:
         return self.record(key)
 
     async def ask(self, ask: wire.Ask, path: str = "") -> PeerResponse:
-        paths: dict[Any, str] = {AskObject: wire.OBJECT, AskBlock: wire.BLOCK, AskAhead: wire.AHEAD}
+        paths: dict[Any, str] = {
+            AskObject: wire.OBJECT, AskBlock: wire.BLOCK, AskAhead: wire.AHEAD, AskTake: wire.TAKE,
+        }  # fmt: skip
         return await self.peers.ask(["home"], path or paths[type(ask)], ask)
 
     async def get(self, ask: wire.Ask, path: str = "") -> tuple[PeerResponse, bytes]:
@@ -452,6 +454,41 @@ async def test_hints_reach_the_carrier(home: Home, monkeypatch: pytest.MonkeyPat
     assert hints == [("b", "k", record, (1, 2))]
 
 
+async def test_what_a_node_that_drains_hands_over_is_brought(home: Home) -> None:
+    record = await home.known()
+    response = await home.ask(AskTake("b", "k", record, (0, 2), "leaving"))
+    assert (response.status, response.content_length) == (204, 0)
+    response.release()
+    await home.node.settled()
+    reader = home.node.workers[0].reader
+    assert sorted(number for number, _ in reader.blocks(record.content)) == [0, 2]
+
+
+async def test_what_is_here_is_not_brought_again(home: Home) -> None:
+    record = await home.fill()
+    before = len(home.origin.requests)
+    (await home.ask(AskTake("b", "k", record, (0, 1, 2, 3), "leaving"))).release()
+    await home.node.settled()
+    assert len(home.origin.requests) == before
+
+
+async def test_no_more_is_taken_over_at_a_time_than_there_is_room_for(home: Home) -> None:
+    """The draining node asks again; what clients read goes first."""
+    large = BODY * 6
+    record = await home.known(body=large)
+    hold = home.origin.hold(at="head", method="GET", times=None)
+    numbers = tuple(range(18))
+    (await home.ask(AskTake("b", "k", record, numbers, "leaving"))).release()
+    await until(lambda: home.carrier.stats().fills >= 16)
+    status, failed = await home.told(AskTake("b", "k", record, (18,), "leaving"))
+    assert (status, failed.outcome) == (503, OpenOutcome.UNAVAILABLE)
+    hold.release()
+    await home.node.settled()
+    (await home.ask(AskTake("b", "k", record, (18,), "leaving"))).release()
+    await home.node.settled()
+    assert len(list(home.node.workers[0].reader.blocks(record.content))) >= 17
+
+
 # --- who is let in ----------------------------------------------------------------------------------------------------------
 
 
@@ -548,6 +585,7 @@ async def test_blocks_of_another_size_are_other_blocks(home: Home) -> None:
         status, failed = await home.told(AskBlock("b", "k", record, 1, 0, 10, block_bytes=2 * BLOCK), path)
         assert (status, failed.outcome) == (409, OpenOutcome.NOT_STORED) and "block_size" in failed.reason
     assert (await home.told(AskAhead("b", "k", record, (1,), block_bytes=2 * BLOCK)))[0] == 409
+    assert (await home.told(AskTake("b", "k", record, (1,), "leaving", block_bytes=2 * BLOCK)))[0] == 409
 
 
 async def test_a_long_question_and_a_long_answer(home: Home) -> None:
