@@ -28,7 +28,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from kos.config import Control
-from kos.control.errors import ControlUnavailable
+from kos.control.errors import ControlUnavailable, SchemaMissing
 from kos.errors import ConfigError
 from kos.tasks import Tasks
 
@@ -153,9 +153,19 @@ class Database:
             try:
                 return await ask()
             except _FAILURES as error:
+                if _no_table(error):
+                    return SchemaMissing(f"{self.place}: {_reason(error)}")
                 if not (again and isinstance(error, DBAPIError) and error.connection_invalidated):
                     return ControlUnavailable(f"{self.place}: {_reason(error)}")
                 again = False
+
+
+def _no_table(error: BaseException) -> bool:
+    if not isinstance(error, DBAPIError):
+        return False
+    # SQLite has no number for it.
+    state = getattr(error.orig, "sqlstate", None)
+    return state == asyncpg.UndefinedTableError.sqlstate or "no such table" in str(error.orig)
 
 
 def _sqlite_path(url: str) -> Path | None:

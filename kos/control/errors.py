@@ -19,6 +19,10 @@ class ControlUnavailable(ControlError):
     """The database could not be reached, did not answer in time, or could not do what it was asked."""
 
 
+class SchemaMissing(ControlUnavailable):
+    """There are no tables (any more): kos.control.migrations makes them. All that the store knew is gone."""
+
+
 class SchemaTooNew(ControlError):
     """A newer kos has been at this database; an older one would misread it. For an operator to mend."""
 

@@ -107,8 +107,8 @@ def new_holder() -> int:
 
 
 class MemberStore(Protocol):
-    """All of it raises ControlUnavailable within control.timeout_s. What was asked for may have been done then; it can be
-    asked for again."""
+    """All of it raises ControlUnavailable within control.timeout_s: what was asked for may have been done then, and can be
+    asked for again. Or SchemaMissing, when there is nothing to ask."""
 
     async def join(self, me: MemberRow, holder: int, ttl_s: float, known_version: int = -1) -> Joined:
         """Become a member for ttl_s from now, or take over the row of that name, whoever holds it.

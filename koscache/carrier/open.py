@@ -107,10 +107,10 @@ class Opener:
         """See Carrier.open."""
         context = self._context
         upstream = context.upstream
-        rule = context.rule(bucket, key)
         arrived = context.clock.now()
         requests = 0
         for attempt in range(_ATTEMPTS):
+            rule = context.rule(bucket, key)  # trust comes and goes, and flights go by the present one
             fence = context.reader.fence.value_of(bucket, key)
             record = context.reader.record(bucket, key)
             now = context.clock.now()

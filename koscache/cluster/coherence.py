@@ -210,8 +210,9 @@ class Coherence:
 
     name: this member's. lease_s: of what members promise each other. member_lease_s: of what the store says (CONTROL); twice
     that is the long lease. trusted_until: as the daemon before this one left it. before: what it left when it resigned; None: it
-    did not. after_crash: it died as this same member, and of what it promised nobody knows. first: writes are numbered from here
-    on.
+    did not. after_crash: it died as this same member, and of what it promised nobody knows. forgot: the store is not the one that it
+    was, so there may be members, in no view of it, that trust for as long as their last heartbeat lets them. first: writes are
+    numbered from here on.
     """
 
     def __init__(
@@ -224,6 +225,7 @@ class Coherence:
         trusted_until: float = 0.0,
         before: Left | None = None,
         after_crash: bool = False,
+        forgot: bool = False,
         first: int = 0,
     ) -> None:
         self._name = name
@@ -234,6 +236,7 @@ class Coherence:
         self._trusted_before = trusted_until
         self._before = before or Left()
         self._after_crash = after_crash
+        self._forgot = forgot
         self._next = first
         self._view = View(-1, ())
         self._heard_version = 0
@@ -249,6 +252,7 @@ class Coherence:
         self._restarted_at = -math.inf
         self._asked_view_at = -math.inf
         self._least_renewed = -math.inf
+        #: who may trust though no view names him, and until when
         self._parting: dict[str, float] = {}
         self._complete = False
         self._resigned = False
@@ -338,7 +342,9 @@ class Coherence:
             # Of the daemon before: promises to members that are gone since.
             gone = [name for name in self._before.heard if view.find(name) is None]
             gone += [""] if self._after_crash else []  # whoever that was
-            self._parting.update(dict.fromkeys(gone, now))
+            self._parting.update(dict.fromkeys(gone, self._kept_until(now, self._lease_s)))
+            if self._forgot:
+                self._parting[""] = self._kept_until(now, max(self._lease_s, self._member_lease_s))
             if gone and self._trusted_before <= now:
                 commands.append(NewEpoch("who is gone may have passed over the daemon that was here before"))
         self._view = view
@@ -364,7 +370,7 @@ class Coherence:
                 self._ins[name] = inn
         commands: list[Command] = []
         for name in [name for name in self._outs if name not in wanted]:
-            self._parting[name] = self._outs.pop(name).promised_at
+            self._parting[name] = self._kept_until(self._outs.pop(name).promised_at, self._lease_s)
             self._well.discard(name)
             inn = self._ins.pop(name)
             self._held = [held for held in self._held if held.member != name]
@@ -455,15 +461,18 @@ class Coherence:
             now < self._member_until and self._run_out(self._member_since, self._member_lease_s, now)
         )
 
+    def _kept_until(self, at: float, lease_s: float) -> float:
+        """When a lease is over for whoever counts it by another clock."""
+        return at + lease_s * (1 + RATE_SLACK) + _GRACE_S
+
     def _run_out(self, at: float, lease_s: float, now: float) -> bool:
-        """Whether a lease is over for whoever counts it by another clock."""
-        return now >= at + lease_s * (1 + RATE_SLACK) + _GRACE_S
+        return now >= self._kept_until(at, lease_s)
 
     def _parted(self, now: float) -> bool:
         """Whether who is in no view any more holds no lease of ours. Its membership has run out, or it could not have been
-        expelled."""
-        for name, at in list(self._parting.items()):
-            if self._run_out(at, self._lease_s, now):
+        expelled; but for a store that has forgotten it."""
+        for name, until in list(self._parting.items()):
+            if now >= until:
                 del self._parting[name]
         return not self._parting
 

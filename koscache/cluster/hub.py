@@ -193,13 +193,13 @@ class Hub:
         if self._close_store is not None:
             await self._close_store()
 
-    def _begin_coherence(self, *, after_crash: bool) -> None:
+    def _begin_coherence(self, *, after_crash: bool, forgot: bool = False) -> None:
         assert self._fence is not None
         cluster = self._cluster
         self._coherence = Coherence(
             self._me.name, co.Membership(cluster.membership), cluster.lease_s,
             member_lease_s=cluster.member_lease_s, trusted_until=self._trusted_before(),
-            before=self._before, after_crash=after_crash, first=self.writes.numbers,
+            before=self._before, after_crash=after_crash, forgot=forgot, first=self.writes.numbers,
         )  # fmt: skip
         self._before = None
         self.writes.under(self._coherence)
@@ -213,7 +213,7 @@ class Hub:
 
     # --- the node's standing ----------------------------------------------------------------------------------------------
 
-    def joined(self, me: Member, view: View, *, resumed: bool) -> None:
+    def joined(self, me: Member, view: View, *, resumed: bool, forgot: bool) -> None:
         """See membership.Standing."""
         assert self._fence is not None
         self._me = me
@@ -224,7 +224,7 @@ class Hub:
             self._fence.incarnation = me.incarnation
             self._before = None
             self._daemon = secrets.randbits(63)
-        self._begin_coherence(after_crash=resumed and self._before is None)
+        self._begin_coherence(after_crash=resumed and self._before is None, forgot=forgot)
         self.seen(view, -math.inf)
 
     def seen(self, view: View, since: float) -> None:

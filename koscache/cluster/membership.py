@@ -16,8 +16,8 @@ from kos import config
 from kos.clock import Clock
 from kos.config import Config
 from kos.config_values import GIB, join_address
-from kos.control.errors import ControlUnavailable, Expelled
-from kos.control.members import MemberRow, MemberStore
+from kos.control.errors import ControlUnavailable, Expelled, SchemaMissing
+from kos.control.members import RESTORED_LIFT, MemberRow, MemberStore
 from kos.control.members import MemberState as StoredState
 from kos.errors import ConfigError
 from koscache.cluster.coherence import RATE_SLACK
@@ -58,7 +58,7 @@ class Standing(Protocol):
 
     @property
     def version(self) -> int: ...
-    def joined(self, me: Member, view: View, *, resumed: bool) -> None: ...
+    def joined(self, me: Member, view: View, *, resumed: bool, forgot: bool) -> None: ...
     def seen(self, view: View, since: float) -> None: ...
     def stood(self, until: float, late: Iterable[str]) -> None: ...
     def expelled(self) -> None: ...
@@ -94,6 +94,7 @@ class ControlMembership:
         self.looked_at = now()
         self._joined_at = self.looked_at
         self._version = -1
+        self._forgot = False
 
     async def run(self, incarnation: int) -> None:
         """Joins, and stays until cancelled. incarnation: the one that is remembered, 0 for none. Raises Superseded when
@@ -119,9 +120,10 @@ class ControlMembership:
             me = view.find(self.me.name)
             assert me is not None, "who joins is a member"
             self.me = me
-            self._version = joined.version
+            forgot = self._forgot or self._lifted(joined.version, self._version)
+            self._version, self._forgot = joined.version, False
             self._joined_at = self.looked_at = sent
-            self._standing.joined(me, view, resumed=joined.resumed)
+            self._standing.joined(me, view, resumed=joined.resumed, forgot=forgot)
             self._standing.stood(sent + ttl_s * (1 - RATE_SLACK), ())
             return joined.incarnation
 
@@ -137,6 +139,9 @@ class ControlMembership:
                 beat = await self._store.heartbeat(
                     self.me.name, incarnation, self._holder, ttl_s, self._standing.report(), known
                 )
+            except SchemaMissing as error:
+                self._lost(known, str(error))
+                return
             except ControlUnavailable as error:
                 self._store_away(str(error))
                 pause_s = min(pause_s, _HURRY_S)
@@ -146,10 +151,8 @@ class ControlMembership:
                 self._standing.expelled()
                 return
             self._store_back()
-            if beat.version < known:
-                _log.error("the control store has gone back to an earlier state: this node joins again")
-                self._version = known
-                self._standing.expelled()
+            if beat.version < known or self._lifted(beat.version, known):
+                self._lost(known, f"its view is {beat.version}, this node has seen {known}")
                 return
             self._version = beat.version
             if beat.rows is not None:
@@ -161,6 +164,17 @@ class ControlMembership:
                 # Who has just joined is not known to all yet, and may be the one who is cut off.
                 if sent - self._joined_at >= ttl_s:
                     await self._expel(beat.expired)
+
+    def _lost(self, known: int, reason: str) -> None:
+        """The store is a new one, or has gone back to an earlier state. Of members that it does not name it knows nothing."""
+        _log.error("the control store has forgotten members: this node joins again", extra={"reason": reason})
+        self._version, self._forgot = known, True
+        self._standing.expelled()
+
+    @staticmethod
+    def _lifted(version: int, known: int) -> bool:
+        """Whether somebody found that the store had gone back: he need not have seen as much of it as we."""
+        return known >= 0 and version >= known + RESTORED_LIFT // 2
 
     def _see(self, rows: tuple[MemberRow, ...], version: int) -> None:
         self._version = version

@@ -229,6 +229,42 @@ def test_the_loss_of_a_node_costs_the_origin_each_block_a_few_times_at_most(stat
     eventually(lambda: them.origin.count(op="GetObject", key="large") <= 5, "no block is fetched again")
 
 
+def versions(them: Cluster) -> list[int]:
+    """Of the view that each node goes by."""
+    return [each["view_version"] for each in them[0].cluster_status()["members"]]
+
+
+@pytest.mark.slow
+async def test_a_control_store_that_is_set_up_anew_under_a_running_cluster(tmp_path: Path) -> None:
+    """All join it again with their next heartbeats; nobody need restart anything."""
+    postgres = Postgres()
+    try:
+        control = (
+            postgres.url("postgres").replace(f"127.0.0.1:{postgres.port}", "{host}"),
+            ("127.0.0.1", postgres.port),
+        )
+        with scene(tmp_path, membership="control", control=control) as made:
+            them = made.them
+            beside = made.work(list(them))
+            running = asyncio.create_task(beside.run(10**9, 8))
+            try:
+                await until(lambda: beside.done > 200, 30, "the load is on")
+                before = versions(them)
+                await postgres.empty("postgres")
+                await go_on(beside)
+                await asyncio.to_thread(them.agree)
+                ended = beside.done
+                await until(lambda: beside.done > ended + 200 or beside.violations, 30, "the load goes on")
+            finally:
+                beside.stop()
+                await running
+            assert not beside.violations, "\n".join(beside.violations[:5])
+            nothing_failed_beside(beside)
+            assert min(versions(them)) > max(before)
+    finally:
+        postgres.close()
+
+
 @pytest.mark.slow
 async def test_packets_lost_instead_of_connections_frozen(tmp_path: Path) -> None:
     """The same as a partition by relays, with what the kernel's TCP does under it."""

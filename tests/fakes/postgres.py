@@ -88,6 +88,15 @@ class Postgres:
             await connection.close()
         return name
 
+    async def empty(self, database: str) -> None:
+        """Drop all of its tables."""
+        connection = await self.connect(database)
+        try:
+            for row in await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"):
+                await connection.execute(f'DROP TABLE "{row["tablename"]}"')
+        finally:
+            await connection.close()
+
     def start(self) -> None:
         """Also after stop(), on the same port with the same databases."""
         settings = {

@@ -34,7 +34,11 @@ RATES = (0.96, 1.0, 1.04)
 
 #: of write_wait
 WAITS_S = (3.0, 30.0)
-FAILURES = ("cut", "stop", "freeze", "crash", "off", "retire", "leap", "store", "part")
+FAILURES = ("cut", "stop", "freeze", "crash", "off", "retire", "leap", "store", "part", "backup", "restore")
+#: of versions, as RESTORED_LIFT
+LIFT = 1000
+#: A daemon that starts does not know of a store that has just forgotten members, and so lets none of them part: a limit.
+NO_START_S = 2 * MEMBER_LEASE_S
 MENDING = ("go", "thaw", "start", "heal", "mend", "mend")
 
 
@@ -82,6 +86,8 @@ class Node:
     course: Iterator[None] | None = None
     joined_at: float = 0.0
     looked_at: float = -math.inf
+    known: int = -1
+    forgot: bool = False
 
     @property
     def works(self) -> bool:
@@ -159,6 +165,8 @@ class Model:
         self.answered = [Answered()] * SLOTS
         self.store_version = 1
         self.rows: dict[str, tuple[Member, float]] = {}
+        self.backup: tuple[int, dict[str, tuple[Member, float]]] = (1, {})
+        self.restored_at = -math.inf
         self.nodes: dict[str, Node] = {}
         self.lines: dict[tuple[str, str], Line] = {}
         self.notices: list[Notice] = []
@@ -200,6 +208,7 @@ class Model:
         # Who finds what the one before left goes on as the same.
         node.daemon, node.before = node.left or (next(self.fresh), None)
         node.left, node.numbers = None, next(self.fresh) << 32
+        node.known, node.forgot = -1, False
         if self.static:
             node.member = self.rows[name][0]
             self.begin_coherence(node, after_crash=not new and node.before is None)
@@ -207,10 +216,11 @@ class Model:
         else:
             node.course = self.course(node)
 
-    def begin_coherence(self, node: Node, *, after_crash: bool) -> None:
+    def begin_coherence(self, node: Node, *, after_crash: bool, forgot: bool = False) -> None:
         node.coherence = node.last = Coherence(
             node.name, self.membership, LEASE_S, member_lease_s=MEMBER_LEASE_S,
-            trusted_until=node.trust_until, before=node.before, after_crash=after_crash, first=node.numbers,
+            trusted_until=node.trust_until, before=node.before, after_crash=after_crash, forgot=forgot,
+            first=node.numbers,
         )  # fmt: skip
         node.before = None
 
@@ -278,8 +288,10 @@ class Model:
             while True:
                 yield
                 sent = self.clock(node)
-                if node.store_away:
+                if node.store_away or (node.known < 0 and self.now < self.restored_at + NO_START_S):
                     continue
+                if self.store_version < node.known:
+                    self.store_version = node.known + LIFT
                 row = self.rows.get(node.name)
                 resumed = row is not None and row[0].incarnation == node.incarnation
                 if row is None:
@@ -291,7 +303,9 @@ class Model:
                 if not node.store_away:
                     break
             node.joined_at = node.looked_at = sent
-            self.joined(node, member, view, resumed)
+            forgot = node.forgot or self.lifted(view.version, node.known)
+            node.known, node.forgot = view.version, False
+            self.joined(node, member, view, resumed, forgot)
             self.do(node, node.c.stood(sent + MEMBER_LEASE_S * (1 - RATE_SLACK), (), self.clock(node)))
             yield from self.stay(node)
             self.expelled(node)
@@ -300,7 +314,7 @@ class Model:
         assert node.member is not None
         while True:
             yield
-            sent = self.clock(node)
+            sent, known = self.clock(node), max(node.known, node.c._view.version)
             if self.rng.random() < self.lag:
                 yield
             if node.store_away:
@@ -315,6 +329,11 @@ class Model:
                 yield
                 if node.store_away:
                     continue
+            if view.version < known or self.lifted(view.version, known):
+                node.known, node.forgot = known, True
+                self.count("forgotten")
+                return
+            node.known = view.version
             self.see(node, view, node.looked_at)
             node.looked_at = sent
             stood = node.c.stood(sent + MEMBER_LEASE_S * (1 - RATE_SLACK), [name for name, _ in late], self.clock(node))
@@ -333,15 +352,19 @@ class Model:
                     del self.rows[name]
                     self.store_version += 1
                     self.count("expelled")
+                node.known = self.store_version
                 self.see(node, self.view(), node.looked_at)
 
-    def joined(self, node: Node, member: Member, view: View, resumed: bool) -> None:
+    def lifted(self, version: int, known: int) -> bool:
+        return known >= 0 and version >= known + LIFT // 2
+
+    def joined(self, node: Node, member: Member, view: View, resumed: bool, forgot: bool) -> None:
         node.member = member
         if not resumed:
             node.trust_until = node.vouch_until = 0.0
             node.epoch, node.incarnation, node.before = next(self.fresh), member.incarnation, None
             node.daemon = next(self.fresh)
-        self.begin_coherence(node, after_crash=resumed and node.before is None)
+        self.begin_coherence(node, after_crash=resumed and node.before is None, forgot=forgot)
         for write in self.writes:
             if write.node == node.name and write.number:
                 self.tell_begun(node, write)
@@ -779,6 +802,20 @@ class Model:
             self.read_all()
         elif kind == "store":
             node.store_away = not node.store_away
+        elif kind == "backup":
+            self.backup = self.store_version, dict(self.rows)
+        elif (
+            kind == "restore" and not self.static and all(each.known >= 0 for each in self.nodes.values() if each.runs)
+        ):
+            # An incarnation that is given out stays so: the lift sees to that.
+            self.store_version, rows = self.backup
+            self.rows, self.restored_at = dict(rows), self.now
+            self.count("restored")
+            if rng.random() < 0.5:
+                rng.choice(list(self.nodes.values())).store_away = True  # and does not notice
+            for _ in range(3):
+                self.pass_time(rng.choice([0.5, 1.0]))
+                self.read_all()
 
     def read_all(self) -> None:
         """Each key on each node. What was done behind somebody's back is seen only when he trusts again, and if he has not read

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from kos.config import Control
 from kos.control import migrations
 from kos.control.database import Database
-from kos.control.errors import ControlUnavailable, SchemaTooNew
-from kos.control.members import Members
+from kos.control.errors import ControlUnavailable, SchemaMissing, SchemaTooNew
+from kos.control.members import MemberRow, Members
 from kos.control.tables import METADATA
 
 Databases = Callable[[], Database]
@@ -47,6 +47,30 @@ async def tables(database: Database) -> set[str]:
         return inspect(connection).get_table_names()
 
     return set(await database.transaction(lambda connection: connection.run_sync(names)))
+
+
+async def test_tables_that_are_gone_are_told_as_such_and_made_anew(databases: Databases) -> None:
+    """Somebody has set up the database anew under a running cluster."""
+    one, other = Members(databases()), databases()
+    await migrations.upgrade(other)
+    me = MemberRow(name="a", incarnation=0, peer="p:1", cluster="c:1", weight=1)
+    joined = await one.join(me, 7, 600.0)
+
+    async def empty(connection: AsyncConnection) -> None:
+        for table in await connection.run_sync(lambda plain: inspect(plain).get_table_names()):
+            await connection.execute(text(f"DROP TABLE {table}"))
+
+    await other.transaction(empty)
+    for _ in range(2):
+        with pytest.raises(SchemaMissing):
+            await one.heartbeat("a", joined.incarnation, 7, 600.0, "{}", joined.version)
+        with pytest.raises(SchemaMissing):
+            await one.join(me, 7, 600.0, joined.version)
+    await migrations.upgrade(other)
+    again = await one.join(me, 7, 600.0, joined.version)
+    assert again.version > joined.version
+    assert not again.resumed
+    assert (await one.heartbeat("a", again.incarnation, 7, 600.0, "{}", again.version)).rows is None
 
 
 async def test_from_nothing_and_again(databases: Databases) -> None:

@@ -104,6 +104,25 @@ async def test_a_version_that_comes_back(tmp_path: Path, policy: str) -> None:
         assert len(them.origin.requests) <= 1
 
 
+@pytest.mark.parametrize("count", [1, 3])
+async def test_trust_that_comes_back_while_a_reader_waits_for_one_that_came_before(tmp_path: Path, count: int) -> None:
+    """Then what is known will do, and he must not be sent from one to the other until he gives up."""
+    async with PeerCluster(tmp_path, count, rules=rules("always")) as them:
+        them.origin.put("b", "k", OLD)
+        home, *_ = them.order("b", "k")
+        await home.read("b", "k")
+        await them.settled()
+        home.trust(False)
+        hold = them.origin.hold(at="head")
+        first = asyncio.ensure_future(home.read("b", "k"))
+        await hold.reached()
+        second = asyncio.ensure_future(home.read("b", "k"))
+        await asyncio.sleep(0)
+        home.trust()
+        hold.release()
+        assert (await first).body == (await second).body == OLD
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_a_change_in_the_middle_of_a_body_breaks_off_and_never_mixes(tmp_path: Path, policy: str) -> None:
     async with PeerCluster(tmp_path, rules=rules(policy), fill_ahead_bytes=0) as them:

@@ -632,6 +632,24 @@ def test_and_also_a_write_whose_end_was_told_already() -> None:
     assert ends(s.wait(0.002)) == [(number, True)]
 
 
+def test_where_the_store_has_forgotten_members_their_time_in_it_is_waited_for() -> None:
+    """Nobody can say who they are; they trust until their next heartbeat, or as long as the last one lets them."""
+    s = Script("a", membership=CONTROL, lines=False, forgot=True)
+    s.up("a")
+    assert acks(s.heard("a")) == []
+    number, _ = s.begin(5)
+    s.has_begin("a", number)
+    s.end(number)
+    kept_s = MEMBER_LEASE_S * (1 + RATE_SLACK) + 0.05
+    s.now += kept_s - 1
+    s.stood()
+    commands = s.wait(0.999)
+    assert told(commands) == acks(commands) == []
+    commands = s.wait(0.002)
+    assert told(commands) == [("a", END(number))]
+    assert acks(commands) != []
+
+
 def test_who_goes_without_a_promise_of_ours_holds_up_nothing() -> None:
     s = Script("a", "x", membership=CONTROL)
     s.c.lost("x")

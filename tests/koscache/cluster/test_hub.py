@@ -17,7 +17,7 @@ import pytest
 from kos import config, metrics
 from kos.config import Cluster, Config, Listen
 from kos.control import database, members, migrations
-from kos.control.errors import SchemaTooNew
+from kos.control.errors import ControlUnavailable, SchemaTooNew
 from kos.control.members import MemberState as StoredState
 from kos.tasks import Tasks
 from koscache import ipc
@@ -712,9 +712,32 @@ async def test_members_of_a_store_that_has_gone_back_are_one_cluster_again(contr
     await control.until(lambda: w.trusts and a.trusts and h.trusts, 2 * MEMBER_LEASE_S)
     for each in (w, a, h):
         ending = each.hub.writes.end(each.hub.writes.begin([SLOT]))
-        await control.until(ending.done, 5.0)
+        await control.until(ending.done, 2 * MEMBER_LEASE_S)
         assert await ending is True
     assert len({each.views[-1] for each in (w, a, h)}) == 1
+
+
+async def test_no_write_is_done_while_a_member_that_the_store_has_forgotten_trusts(control: Them) -> None:
+    """Nobody is told of it any more; it has only not asked the store yet."""
+    w, a = await control.start("w", "a")
+    beat = control.store.heartbeat
+
+    async def heartbeat(name: str, *args: Any, **options: Any) -> Any:
+        if name == "a":
+            raise ControlUnavailable("for a alone")
+        return await beat(name, *args, **options)
+
+    control.store.heartbeat = heartbeat  # type: ignore[method-assign]
+    control.store.remove("w")
+    control.store.remove("a")
+    control.store.version = 0
+    await control.until(lambda: w.views[-1].version > 1000, 2 * HEARTBEAT_S)
+    assert [member.name for member in w.views[-1].members] == ["w"]
+    ending = w.hub.writes.end(w.hub.writes.begin([SLOT]))
+    await control.until(lambda: ending.done() or not a.trusts, 2 * MEMBER_LEASE_S)
+    assert not a.trusts
+    await control.until(ending.done, 2 * MEMBER_LEASE_S)
+    assert await ending is True
 
 
 async def test_another_process_of_its_name_ends_it(control: Them) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from kos import config
 from kos.config import Cluster, Config, Listen
-from kos.control.errors import ControlUnavailable, Superseded
-from kos.control.members import MemberRow
+from kos.control.errors import ControlUnavailable, SchemaMissing, Superseded
+from kos.control.members import RESTORED_LIFT, MemberRow
 from kos.control.members import MemberState as StoredState
 from kos.errors import ConfigError
 from kos.tasks import Tasks
@@ -37,13 +37,15 @@ class Heard:
         self.speaking: set[str] = set()
         self.reports = 0
         self.told_version = 0
+        self.forgot: list[bool] = []
 
     @property
     def version(self) -> int:
         return max(self.told_version, 0 if self.view is None else self.view.version)
 
-    def joined(self, me: Member, view: View, *, resumed: bool) -> None:
+    def joined(self, me: Member, view: View, *, resumed: bool, forgot: bool) -> None:
         self.view = view
+        self.forgot.append(forgot)
         self.events.append(("joined", me.incarnation, resumed))
 
     def seen(self, view: View, since: float) -> None:
@@ -299,6 +301,7 @@ async def test_a_store_that_has_gone_back_is_joined_anew(node: Node) -> None:
     assert node.heard.view is not None
     # Others have seen versions that it has given out and forgotten: none of those comes again.
     assert node.heard.view.version > 1000
+    assert node.heard.forgot == [False, True]
     await node.clock.advance(HEARTBEAT_S)
     assert node.heard.kinds()[5:] == ["stood"]
 
@@ -310,6 +313,40 @@ async def test_a_store_that_is_behind_what_another_member_has_seen_of_it_has_gon
     await node.clock.advance(HEARTBEAT_S)
     assert node.heard.kinds() == ["joined", "stood", "expelled", "joined", "stood"]
     assert node.heard.view.version > node.heard.told_version
+
+
+async def test_a_store_that_was_set_up_anew_is_joined_anew(node: Node) -> None:
+    await node.start()
+    assert node.heard.view is not None
+    known = node.heard.view.version
+    heartbeat = node.store.heartbeat
+
+    async def missing(*args: Any, **options: Any) -> Any:
+        node.store.heartbeat = heartbeat  # type: ignore[method-assign]
+        node.store.remove("me")
+        node.store.version = 0
+        raise SchemaMissing("no such table: members")
+
+    node.store.heartbeat = missing  # type: ignore[method-assign]
+    prepared = node.prepared
+    await node.clock.advance(HEARTBEAT_S)
+    assert node.heard.kinds() == ["joined", "stood", "expelled", "joined", "stood"]
+    assert node.prepared == prepared + 1
+    assert node.heard.view.version > known
+    assert node.heard.forgot == [False, True]
+
+
+@pytest.mark.parametrize("expelled", [False, True])
+async def test_a_store_that_another_member_has_lifted_has_forgotten_members(node: Node, expelled: bool) -> None:
+    await node.start()
+    node.store.version += RESTORED_LIFT - 3
+    if expelled:
+        node.store.remove("me")
+    await node.clock.advance(HEARTBEAT_S)
+    assert node.heard.kinds() == ["joined", "stood", "expelled", "joined", "stood"]
+    assert node.heard.forgot == [False, True]
+    await node.clock.advance(HEARTBEAT_S)
+    assert node.heard.kinds()[5:] == ["stood"]
 
 
 async def test_what_another_member_has_told_first_is_no_store_that_went_back(node: Node) -> None:
