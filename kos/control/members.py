@@ -84,21 +84,24 @@ class Rows(msgspec.Struct, frozen=True):
 
 class Joined(msgspec.Struct, frozen=True):
     """incarnation: the joiner's from now on. resumed: it is the one that the joiner remembered, so it was not out in the
-    meantime. rows: all members, itself included."""
+    meantime. rows: all members, itself included. beats: the number of this heartbeat, as it were."""
 
     incarnation: int
     resumed: bool
     rows: tuple[MemberRow, ...]
     version: int
+    beats: int
 
 
 class Beat(msgspec.Struct, frozen=True):
     """rows: None if the view is still the one that was known. expired: (name, incarnation) of others whose time has run
-    out."""
+    out. beats: the number of this heartbeat, higher than of those before; if it is not, the store has lost one, and with it
+    perhaps how long others may trust."""
 
     version: int
     rows: tuple[MemberRow, ...] | None
     expired: tuple[tuple[str, int], ...]
+    beats: int
 
 
 def new_holder() -> int:
@@ -157,8 +160,13 @@ _BEAT: Final = (
         MEMBERS.c.incarnation == bindparam("my_incarnation", type_=BigInteger),
         MEMBERS.c.holder == bindparam("my_holder", type_=BigInteger),
     )
-    .values(expires_at=now_s() + bindparam("ttl_s", type_=Double), report=bindparam("my_report", type_=Text))
+    .values(
+        expires_at=now_s() + bindparam("ttl_s", type_=Double),
+        report=bindparam("my_report", type_=Text),
+        beats=MEMBERS.c.beats + 1,
+    )
     .returning(
+        MEMBERS.c.beats,
         select(CLUSTER.c.view_version).scalar_subquery().label("version"),
         exists(select(_OTHERS.c.name).where(_LATE)).label("any_late"),
     )
@@ -185,6 +193,8 @@ class Members:
             found = (await connection.execute(select(MEMBERS).where(named))).mappings().one_or_none()
             seen = {"peer": me.peer, "cluster": me.cluster, "weight": me.weight}
             values = seen | {"holder": holder, "report": me.report, "expires_at": now_s() + ttl_s}
+            beats = 0 if found is None else found["beats"] + 1
+            values["beats"] = beats
             if found is None:
                 incarnation = last_incarnation + 1
                 new = {"name": me.name, "incarnation": incarnation, "state": me.state.value, "joined_at": now_s()}
@@ -198,7 +208,7 @@ class Members:
                     await _change_view(connection)
             view = await _all(connection)
             resumed = found is not None and incarnation == me.incarnation
-            return Joined(incarnation, resumed, view.rows, view.version)
+            return Joined(incarnation, resumed, view.rows, view.version, beats)
 
         return await self._database.transaction(work)
 
@@ -222,9 +232,9 @@ class Members:
             if moved.any_late:
                 late = tuple((row.name, row.incarnation) for row in await connection.execute(_ALL_LATE, {"me": name}))
             if moved.version == known_version:
-                return Beat(moved.version, None, late)
+                return Beat(moved.version, None, late, moved.beats)
             view = await _all(connection)
-            return Beat(view.version, view.rows, late)
+            return Beat(view.version, view.rows, late, moved.beats)
 
         outcome = await self._database.single(work)
         if not isinstance(outcome, Beat):

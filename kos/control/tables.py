@@ -40,6 +40,7 @@ MEMBERS: Final = Table(
     Column("state", Text, nullable=False),
     Column("joined_at", Double, nullable=False),
     Column("expires_at", Double, nullable=False),
+    Column("beats", BigInteger, nullable=False, server_default="0"),
     Column("report", Text, nullable=False),
     CheckConstraint("weight > 0", name="members_weight"),
     CheckConstraint("state IN ('active', 'draining')", name="members_state"),

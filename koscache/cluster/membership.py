@@ -94,6 +94,7 @@ class ControlMembership:
         self.looked_at = now()
         self._joined_at = self.looked_at
         self._version = -1
+        self._beats = -1
         self._forgot = False
 
     async def run(self, incarnation: int) -> None:
@@ -121,7 +122,7 @@ class ControlMembership:
             assert me is not None, "who joins is a member"
             self.me = me
             forgot = self._forgot or self._lifted(joined.version, self._version)
-            self._version, self._forgot = joined.version, False
+            self._version, self._beats, self._forgot = joined.version, joined.beats, False
             self._joined_at = self.looked_at = sent
             self._standing.joined(me, view, resumed=joined.resumed, forgot=forgot)
             self._standing.stood(sent + ttl_s * (1 - RATE_SLACK), ())
@@ -154,7 +155,10 @@ class ControlMembership:
             if beat.version < known or self._lifted(beat.version, known):
                 self._lost(known, f"its view is {beat.version}, this node has seen {known}")
                 return
-            self._version = beat.version
+            if beat.beats <= self._beats:
+                self._lost(known, "it has lost heartbeats of this node, and perhaps of others")
+                return
+            self._version, self._beats = beat.version, beat.beats
             if beat.rows is not None:
                 self._see(beat.rows, beat.version)
             self.looked_at = sent

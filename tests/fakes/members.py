@@ -29,6 +29,7 @@ class MemberTable:
         self.calls: list[tuple[str, str]] = []
         self.version = 1
         self.last_incarnation = 0
+        self.beats: dict[str, int] = {}
         self._rows: dict[str, tuple[MemberRow, int, float]] = {}
 
     # --- what a test does
@@ -77,7 +78,8 @@ class MemberTable:
             self.version += 1
             row = msgspec.structs.replace(me, incarnation=self.last_incarnation)
         self._rows[me.name] = row, holder, self.clock.monotonic() + ttl_s
-        joined = Joined(row.incarnation, resumed, self._all(), self.version)
+        self.beats[me.name] = self.beats.get(me.name, 0) + 1
+        joined = Joined(row.incarnation, resumed, self._all(), self.version, self.beats[me.name])
         await self._after()
         return joined
 
@@ -95,7 +97,9 @@ class MemberTable:
         late = tuple(
             (each, row.incarnation) for each, (row, _, until) in self._rows.items() if until < now and each != name
         )
-        beat = Beat(self.version, None if known_version == self.version else self._all(), late)
+        self.beats[name] += 1
+        rows = None if known_version == self.version else self._all()
+        beat = Beat(self.version, rows, late, self.beats[name])
         await self._after()
         return beat
 

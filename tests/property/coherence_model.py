@@ -87,6 +87,7 @@ class Node:
     joined_at: float = 0.0
     looked_at: float = -math.inf
     known: int = -1
+    beats: int = -1
     forgot: bool = False
 
     @property
@@ -164,8 +165,9 @@ class Model:
         self.origin = [0] * SLOTS
         self.answered = [Answered()] * SLOTS
         self.store_version = 1
-        self.rows: dict[str, tuple[Member, float]] = {}
-        self.backup: tuple[int, dict[str, tuple[Member, float]]] = (1, {})
+        #: name -> member, when its time runs out, its heartbeats
+        self.rows: dict[str, tuple[Member, float, int]] = {}
+        self.backup: tuple[int, dict[str, tuple[Member, float, int]]] = (1, {})
         self.restored_at = -math.inf
         self.nodes: dict[str, Node] = {}
         self.lines: dict[tuple[str, str], Line] = {}
@@ -180,7 +182,7 @@ class Model:
         names = [f"n{i}" for i in range(nodes)]
         for name in names:
             if self.static:
-                self.rows[name] = (Member(name, 0, "", "", 1), math.inf)
+                self.rows[name] = (Member(name, 0, "", "", 1), math.inf, 0)
             values = [next(self.fresh) for _ in range(SLOTS)]
             self.nodes[name] = Node(name, 1.0 if calm else self.rng.choice(RATES), values, [0] * SLOTS)
         for name in names:
@@ -278,7 +280,7 @@ class Model:
     # --- the control store
 
     def view(self) -> View:
-        members = tuple(member for _, (member, _) in sorted(self.rows.items()))
+        members = tuple(member for _, (member, *_) in sorted(self.rows.items()))
         return View(0 if self.static else self.store_version, members)
 
     def course(self, node: Node) -> Iterator[None]:
@@ -297,14 +299,15 @@ class Model:
                 if row is None:
                     self.store_version += 1
                 member = row[0] if row else Member(node.name, next(self.fresh), "", "", 1)
-                self.rows[node.name] = (member, self.now + MEMBER_LEASE_S)
+                beats = row[2] + 1 if row else 0
+                self.rows[node.name] = (member, self.now + MEMBER_LEASE_S, beats)
                 view = self.view()
                 yield
                 if not node.store_away:
                     break
             node.joined_at = node.looked_at = sent
             forgot = node.forgot or self.lifted(view.version, node.known)
-            node.known, node.forgot = view.version, False
+            node.known, node.beats, node.forgot = view.version, beats, False
             self.joined(node, member, view, resumed, forgot)
             self.do(node, node.c.stood(sent + MEMBER_LEASE_S * (1 - RATE_SLACK), (), self.clock(node)))
             yield from self.stay(node)
@@ -322,18 +325,19 @@ class Model:
             row = self.rows.get(node.name)
             if row is None or row[0].incarnation != node.member.incarnation:
                 return
-            self.rows[node.name] = (row[0], self.now + MEMBER_LEASE_S)
+            beats = row[2] + 1
+            self.rows[node.name] = (row[0], self.now + MEMBER_LEASE_S, beats)
             view = self.view()
             late = [(name, row[0].incarnation) for name, row in self.rows.items() if row[1] < self.now]
             if self.rng.random() < self.lag:
                 yield
                 if node.store_away:
                     continue
-            if view.version < known or self.lifted(view.version, known):
+            if view.version < known or self.lifted(view.version, known) or beats <= node.beats:
                 node.known, node.forgot = known, True
                 self.count("forgotten")
                 return
-            node.known = view.version
+            node.known, node.beats = view.version, beats
             self.see(node, view, node.looked_at)
             node.looked_at = sent
             stood = node.c.stood(sent + MEMBER_LEASE_S * (1 - RATE_SLACK), [name for name, _ in late], self.clock(node))

@@ -88,6 +88,18 @@ async def test_a_store_that_is_behind_what_a_node_has_seen_of_it_is_lifted_beyon
     assert (again.incarnation, again.resumed, again.version) == (first.incarnation, True, joined.version)
 
 
+async def test_heartbeats_are_counted_over_all_processes_of_a_node(stores: Stores) -> None:
+    """So that one who gets a number again knows that the store has lost what came after it."""
+    one, other = stores
+    joined = await one.join(candidate("a"), 1, LONG_S)
+    counted = [joined.beats]
+    for _ in range(3):
+        counted.append((await one.heartbeat("a", joined.incarnation, 1, LONG_S, "{}")).beats)
+    counted.append((await other.join(candidate("a"), 2, LONG_S)).beats)
+    counted.append((await other.heartbeat("a", joined.incarnation, 2, LONG_S, "{}", joined.version)).beats)
+    assert counted == sorted(set(counted))
+
+
 async def test_nothing_is_lifted_for_who_has_seen_no_more_than_there_is(stores: Stores) -> None:
     one, other = stores
     first = await one.join(candidate("a"), new_holder(), LONG_S)

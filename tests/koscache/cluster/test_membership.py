@@ -336,6 +336,25 @@ async def test_a_store_that_was_set_up_anew_is_joined_anew(node: Node) -> None:
     assert node.heard.forgot == [False, True]
 
 
+async def test_a_store_that_has_lost_heartbeats_has_forgotten_how_long_others_may_trust(node: Node) -> None:
+    """Its view is the same, and yet it might have somebody expelled too early."""
+    node.store.put("late", HEARTBEAT_S)
+    await node.start()
+    await node.clock.advance(LEASE_S)
+    before = node.store.beats["me"]
+    node.heard.speaking.add("late")
+    await node.clock.advance(2 * HEARTBEAT_S)
+    assert node.store.beats["me"] > before + 1
+    node.store.beats["me"] = before
+    node.heard.speaking.clear()
+    await node.clock.advance(HEARTBEAT_S)
+    assert node.heard.kinds().count("joined") == 2
+    assert node.heard.forgot == [False, True]
+    assert "late" in node.store.names
+    await node.clock.advance(LEASE_S + 2 * HEARTBEAT_S)
+    assert "late" not in node.store.names
+
+
 @pytest.mark.parametrize("expelled", [False, True])
 async def test_a_store_that_another_member_has_lifted_has_forgotten_members(node: Node, expelled: bool) -> None:
     await node.start()
