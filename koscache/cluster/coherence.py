@@ -211,8 +211,8 @@ class Coherence:
     name: this member's. lease_s: of what members promise each other. member_lease_s: of what the store says (CONTROL); twice
     that is the long lease. trusted_until: as the daemon before this one left it. before: what it left when it resigned; None: it
     did not. after_crash: it died as this same member, and of what it promised nobody knows. forgot: the store is not the one
-    that it was, so members that no view names may trust, for as long as their last heartbeat lets them. first: writes are numbered
-    from here on.
+    that it was, so members that no view names may trust, for as long as their last heartbeat lets them. first: writes are
+    numbered from here on.
     """
 
     def __init__(
