@@ -37,7 +37,8 @@ WAITS_S = (3.0, 30.0)
 FAILURES = ("cut", "stop", "freeze", "crash", "off", "retire", "leap", "store", "part", "backup", "restore")
 #: of versions, as RESTORED_LIFT
 LIFT = 1000
-#: A daemon that starts does not know of a store that has just forgotten members, and so lets none of them part: a limit.
+#: A daemon that starts does not know that the store has forgotten members, and lets none of them part: a limit. So none starts
+#: before those have noticed, and then for so long.
 NO_START_S = 2 * MEMBER_LEASE_S
 MENDING = ("go", "thaw", "start", "heal", "mend", "mend")
 
@@ -88,6 +89,7 @@ class Node:
     looked_at: float = -math.inf
     known: int = -1
     beats: int = -1
+    noticed_at: float = -math.inf
     forgot: bool = False
 
     @property
@@ -290,7 +292,7 @@ class Model:
             while True:
                 yield
                 sent = self.clock(node)
-                if node.store_away or (node.known < 0 and self.now < self.restored_at + NO_START_S):
+                if node.store_away or (node.known < 0 and self.just_restored()):
                     continue
                 if self.store_version < node.known:
                     self.store_version = node.known + LIFT
@@ -305,7 +307,8 @@ class Model:
                 yield
                 if not node.store_away:
                     break
-            node.joined_at = node.looked_at = sent
+            node.joined_at, node.noticed_at = sent, self.now
+            node.looked_at = sent
             forgot = node.forgot or self.lifted(view.version, node.known)
             node.known, node.beats, node.forgot = view.version, beats, False
             self.joined(node, member, view, resumed, forgot)
@@ -358,6 +361,10 @@ class Model:
                     self.count("expelled")
                 node.known = self.store_version
                 self.see(node, self.view(), node.looked_at)
+
+    def just_restored(self) -> bool:
+        elders = any(each.coherence is not None and each.noticed_at < self.restored_at for each in self.nodes.values())
+        return elders or self.now < self.restored_at + NO_START_S
 
     def lifted(self, version: int, known: int) -> bool:
         return known >= 0 and version >= known + LIFT // 2
