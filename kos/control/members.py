@@ -46,7 +46,7 @@ from kos.control.tables import CLUSTER, MEMBERS, now_s
 
 #: A store that is behind what a node has seen of it was restored from a backup. Its numbers are lifted so far beyond that none
 #: that it gave out before, and that another node may have seen, is given out again.
-RESTORED_LIFT: Final = 1000
+RESTORED_LIFT: Final = 1_000_000
 #: Each heartbeat carries one, and a look at the cluster all of them.
 REPORT_MAX_BYTES: Final = 4096
 

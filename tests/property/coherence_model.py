@@ -36,7 +36,7 @@ RATES = (0.96, 1.0, 1.04)
 WAITS_S = (3.0, 30.0)
 FAILURES = ("cut", "stop", "freeze", "crash", "off", "retire", "leap", "store", "part", "backup", "restore")
 #: of versions, as RESTORED_LIFT
-LIFT = 1000
+LIFT = 1_000_000
 #: A daemon that starts does not know that the store has forgotten members, and lets none of them part: a limit. So none starts
 #: before those have noticed, and then for so long.
 NO_START_S = 2 * MEMBER_LEASE_S
@@ -340,7 +340,7 @@ class Model:
                 node.known, node.forgot = known, True
                 self.count("forgotten")
                 return
-            node.known, node.beats = view.version, beats
+            node.known, node.beats, node.noticed_at = view.version, beats, self.now
             self.see(node, view, node.looked_at)
             node.looked_at = sent
             stood = node.c.stood(sent + MEMBER_LEASE_S * (1 - RATE_SLACK), [name for name, _ in late], self.clock(node))
