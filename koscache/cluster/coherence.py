@@ -44,6 +44,8 @@ _LEFT_MAX: Final = 8192
 _LEFT_SLOTS_MAX: Final = 500_000
 #: Members that are asked at a time for a view that is known to be newer.
 _ASKED_FOR_VIEWS: Final = 3
+#: Stands for members that the store has forgotten.
+_FORGOTTEN: Final = ""
 #: How often a line is begun anew for what was given up.
 _RESTART_EVERY_S: Final = 10.0
 
@@ -341,10 +343,10 @@ class Coherence:
         if self._view.version < 0:
             # Of the daemon before: promises to members that are gone since.
             gone = [name for name in self._before.heard if view.find(name) is None]
-            gone += [""] if self._after_crash else []  # whoever that was
+            gone += ["?"] if self._after_crash else []  # whoever that was
             self._parting.update(dict.fromkeys(gone, self._kept_until(now, self._lease_s)))
             if self._forgot:
-                self._parting[""] = self._kept_until(now, max(self._lease_s, self._member_lease_s))
+                self._parting[_FORGOTTEN] = self._kept_until(now, max(self._lease_s, self._member_lease_s))
             if gone and self._trusted_before <= now:
                 commands.append(NewEpoch("who is gone may have passed over the daemon that was here before"))
         self._view = view
@@ -418,8 +420,8 @@ class Coherence:
     def _trust(self, now: float) -> list[Command]:
         """Trust holds (1) while every member has granted a lease; or (2) while own membership holds, and every member has
         granted a long lease or was late at the last heartbeat: such a one does not pass over us, see _excused."""
-        if self._resigned:
-            return []
+        if self._resigned or self._parting.get(_FORGOTTEN, now) > now:
+            return []  # who is forgotten goes by his own row still, so he may pass over us
         if not self._complete:
             if not all(self._outs[name].met and self._ins[name].met for name in self._outs) or self._view.version < 0:
                 return []

@@ -650,6 +650,16 @@ def test_where_the_store_has_forgotten_members_their_time_in_it_is_waited_for() 
     assert acks(commands) != []
 
 
+def test_and_nothing_is_trusted_meanwhile() -> None:
+    """Whoever is forgotten takes his own row for good, and so passes over us when our lease of him is over."""
+    s = Script(membership=CONTROL, forgot=True)
+    kept_s = MEMBER_LEASE_S * (1 + RATE_SLACK) + 0.05
+    s.now += kept_s - 0.001
+    assert trusts(s.stood()) == []
+    s.now += 0.002
+    assert trusts(s.stood()) == [s.now + 0.9 * MEMBER_LEASE_S]
+
+
 def test_who_goes_without_a_promise_of_ours_holds_up_nothing() -> None:
     s = Script("a", "x", membership=CONTROL)
     s.c.lost("x")
