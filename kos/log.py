@@ -22,6 +22,7 @@ from typing import Any, Final, TextIO
 import msgspec
 
 from kos import config, metrics
+from kos.clock import Clock
 from kos.errors import ConfigError
 from kos.tasks import Tasks
 
@@ -68,6 +69,30 @@ def setup(level: str, process: str | None = None, stream: TextIO | None = None) 
     # Libraries at info tell their own story, not ours.
     for noisy in ("aiohttp.access", "asyncio", "botocore", "aiobotocore", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class Seldom:
+    """For what others can cause as often as they like: lets one be said in `every_s`.
+
+    if (left_out := seldom.left_out()) is not None:
+        _log.warning("…", extra={"more": left_out})
+    """
+
+    def __init__(self, clock: Clock, every_s: float = 1.0) -> None:
+        self._clock = clock
+        self._every_s = every_s
+        self._next = 0.0
+        self._left_out = 0
+
+    def left_out(self) -> int | None:
+        """How many were not said before this one; None: neither is this one."""
+        now = self._clock.monotonic()
+        if now < self._next:
+            self._left_out += 1
+            return None
+        self._next = now + self._every_s
+        left_out, self._left_out = self._left_out, 0
+        return left_out
 
 
 class AccessLog:

@@ -512,10 +512,10 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_reading():
             self._transport.resume_reading()
 
-    def abort(self, reason: str) -> None:
-        """Ends the connection at once; lost() is called soon after."""
+    def abort(self, reason: str, *, quietly: bool = False) -> None:
+        """Ends the connection at once; lost() is called soon after. quietly: the caller has said so, or will."""
         if self._transport is not None:
-            _log.warning("ipc connection aborted: %s", reason)
+            _log.log(logging.DEBUG if quietly else logging.WARNING, "ipc connection aborted: %s", reason)
             self._reason = reason
             self._transport.abort()
             self._transport = None

@@ -24,6 +24,7 @@ from aiohttp.web_request import BaseRequest
 
 from kos import metrics
 from kos.errors import KosError, OriginError, OriginRefused, OriginUnavailable, S3Error
+from kos.log import Seldom
 from kos.s3.object_response import render_head
 from kos.s3.ranges import RangeSpec
 from koscache.carrier import Body, BytesPiece, Changed, FilePiece, Freshness, Phase, Reason, Record, Want
@@ -96,6 +97,7 @@ class Peering:
         self._parts = parts
         self._carrier = parts.carrier
         self._secret = cluster.secret.encode()
+        self._refusals = Seldom(parts.clock)
         self._block_bytes = parts.config.cache.block_bytes
         # The asker's hedge is not to be due before it has a head.
         self._patience_s = cluster.hedge_least_s / 2
@@ -251,7 +253,8 @@ class Peering:
         try:
             wire.signer(self._secret, head.headers.get(wire.AUTH_HEADER, ""), path, ask, self._parts.clock.now())
         except PeerBroken as broken:
-            _log.warning("a question on the peer port was refused", extra={"reason": str(broken)})
+            if (left_out := self._refusals.left_out()) is not None:
+                _log.warning("a question on the peer port was refused", extra={"reason": str(broken), "more": left_out})
             raise _Refused(wire.not_here(str(broken)), wire.UNSIGNED) from broken
         try:
             if head.method != "GET" or len(ask) > wire.ASK_BYTES_MAX:

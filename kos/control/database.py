@@ -45,6 +45,8 @@ _LOCK_PART: Final = 0.8
 #: How soon to try again what SQLite refuses at once instead of waiting.
 _AGAIN_S: Final = 0.01
 
+_NO_SCHEMA: Final = (asyncpg.UndefinedTableError.sqlstate, asyncpg.UndefinedColumnError.sqlstate)
+
 #: Errors of a database, or of the way to it. Some of the drivers' own pass through SQLAlchemy as they are.
 _FAILURES: Final = (
     SQLAlchemyError,
@@ -152,20 +154,23 @@ class Database:
         while True:
             try:
                 return await ask()
+            except ControlUnavailable as error:
+                return error
             except _FAILURES as error:
-                if _no_table(error):
+                if _no_schema(error):
                     return SchemaMissing(f"{self.place}: {_reason(error)}")
                 if not (again and isinstance(error, DBAPIError) and error.connection_invalidated):
                     return ControlUnavailable(f"{self.place}: {_reason(error)}")
                 again = False
 
 
-def _no_table(error: BaseException) -> bool:
+def _no_schema(error: BaseException) -> bool:
+    """There is no such table, or no such column: whoever put back an older one has put it in this one's place."""
     if not isinstance(error, DBAPIError):
         return False
-    # SQLite has no number for it.
     state = getattr(error.orig, "sqlstate", None)
-    return state == asyncpg.UndefinedTableError.sqlstate or "no such table" in str(error.orig)
+    # SQLite has no number for it.
+    return state in _NO_SCHEMA or any(said in str(error.orig) for said in ("no such table", "no such column"))
 
 
 def _sqlite_path(url: str) -> Path | None:

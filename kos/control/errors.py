@@ -20,7 +20,11 @@ class ControlUnavailable(ControlError):
 
 
 class SchemaMissing(ControlUnavailable):
-    """There are no tables (any more): kos.control.migrations makes them. All that the store knew is gone."""
+    """What the code asks for is not there (any more): kos.control.migrations makes it. What the store knew is gone."""
+
+
+class WentBack(ControlError):
+    """The store has lost the member's last heartbeat, which it had acknowledged, and perhaps what others told it."""
 
 
 class SchemaTooNew(ControlError):

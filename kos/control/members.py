@@ -41,7 +41,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from kos.control.database import Database
-from kos.control.errors import Expelled, Superseded
+from kos.control.errors import Expelled, SchemaMissing, Superseded, WentBack
 from kos.control.tables import CLUSTER, MEMBERS, now_s
 
 #: A store that is behind what a node has seen of it was restored from a backup. Its numbers are lifted so far beyond that none
@@ -95,8 +95,7 @@ class Joined(msgspec.Struct, frozen=True):
 
 class Beat(msgspec.Struct, frozen=True):
     """rows: None if the view is still the one that was known. expired: (name, incarnation) of others whose time has run
-    out. beats: the number of this heartbeat, higher than of those before; if it is not, the store has lost one, and with it
-    perhaps how long others may trust."""
+    out. beats: the number of this heartbeat, higher than of those before."""
 
     version: int
     rows: tuple[MemberRow, ...] | None
@@ -125,9 +124,19 @@ class MemberStore(Protocol):
         """
 
     async def heartbeat(
-        self, name: str, incarnation: int, holder: int, ttl_s: float, report: str, known_version: int = -1
+        self,
+        name: str,
+        incarnation: int,
+        holder: int,
+        ttl_s: float,
+        report: str,
+        known_version: int = -1,
+        known_beats: int = -1,
     ) -> Beat:
-        """Stay a member for ttl_s from now, even if the time had run out. Raises Expelled, Superseded."""
+        """Stay a member for ttl_s from now, even if the time had run out.
+
+        known_beats: of the last heartbeat, or join, that was answered. Raises Expelled, Superseded, WentBack.
+        """
 
     async def expel(self, name: str, incarnation: int) -> bool:
         """Remove a member whose time has run out; whether this call did it."""
@@ -159,6 +168,8 @@ _BEAT: Final = (
         MEMBERS.c.name == bindparam("me", type_=Text),
         MEMBERS.c.incarnation == bindparam("my_incarnation", type_=BigInteger),
         MEMBERS.c.holder == bindparam("my_holder", type_=BigInteger),
+        # Of a store that has lost some nothing is changed: neither this one's answer nor the next may hide that.
+        MEMBERS.c.beats >= bindparam("known_beats", type_=BigInteger),
     )
     .values(
         expires_at=now_s() + bindparam("ttl_s", type_=Double),
@@ -183,10 +194,10 @@ class Members:
         _check_report(me.report)
 
         async def work(connection: AsyncConnection) -> Joined:
-            last = (await connection.execute(_LOCKED)).one()
+            last = await _lock(connection)
             last_incarnation = last.last_incarnation
             if last.view_version < known_version:
-                last_incarnation += RESTORED_LIFT
+                last_incarnation = max(last_incarnation, me.incarnation) + RESTORED_LIFT
                 lifted = {"view_version": known_version + RESTORED_LIFT, "last_incarnation": last_incarnation}
                 await connection.execute(update(CLUSTER).values(lifted))
             named = MEMBERS.c.name == me.name
@@ -213,7 +224,14 @@ class Members:
         return await self._database.transaction(work)
 
     async def heartbeat(
-        self, name: str, incarnation: int, holder: int, ttl_s: float, report: str, known_version: int = -1
+        self,
+        name: str,
+        incarnation: int,
+        holder: int,
+        ttl_s: float,
+        report: str,
+        known_version: int = -1,
+        known_beats: int = -1,
     ) -> Beat:
         _check_report(report)
         values = {
@@ -222,12 +240,13 @@ class Members:
             "my_holder": holder,
             "ttl_s": ttl_s,
             "my_report": report,
+            "known_beats": known_beats,
         }
 
-        async def work(connection: AsyncConnection) -> Beat | Expelled | Superseded:
+        async def work(connection: AsyncConnection) -> Beat | Expelled | Superseded | WentBack:
             moved = (await connection.execute(_BEAT, values)).one_or_none()
             if moved is None:
-                return await _not_mine(connection, name, incarnation)
+                return await _not_mine(connection, name, incarnation, holder)
             late: tuple[tuple[str, int], ...] = ()
             if moved.any_late:
                 late = tuple((row.name, row.incarnation) for row in await connection.execute(_ALL_LATE, {"me": name}))
@@ -249,7 +268,7 @@ class Members:
 
     async def set_state(self, name: str, state: MemberState) -> bool:
         async def work(connection: AsyncConnection) -> bool:
-            await connection.execute(_LOCKED)
+            await _lock(connection)
             named = MEMBERS.c.name == name
             found = (await connection.execute(select(MEMBERS.c.state).where(named))).scalar_one_or_none()
             if found is not None and found != state.value:
@@ -266,7 +285,7 @@ class Members:
         statement = delete(MEMBERS).where(MEMBERS.c.name == name, MEMBERS.c.incarnation == incarnation, condition)
 
         async def work(connection: AsyncConnection) -> bool:
-            await connection.execute(_LOCKED)
+            await _lock(connection)
             removed = (await connection.execute(statement)).rowcount > 0
             if removed:
                 await _change_view(connection)
@@ -275,12 +294,22 @@ class Members:
         return await self._database.transaction(work)
 
 
+async def _lock(connection: AsyncConnection) -> Any:
+    """The row of `cluster`, nobody else's until the transaction ends."""
+    locked = (await connection.execute(_LOCKED)).one_or_none()
+    if locked is None:
+        raise SchemaMissing("the row of `cluster` is gone")
+    return locked
+
+
 async def _change_view(connection: AsyncConnection) -> None:
     await connection.execute(update(CLUSTER).values(view_version=CLUSTER.c.view_version + 1))
 
 
 async def _all(connection: AsyncConnection) -> Rows:
     found = (await connection.execute(_ALL)).all()
+    if not found:
+        raise SchemaMissing("the row of `cluster` is gone")
     # Sorted here: databases differ in how they order texts.
     rows = sorted((_row(row) for row in found if row.name is not None), key=lambda row: row.name)
     return Rows(tuple(rows), found[0].view_version)
@@ -300,13 +329,20 @@ def _row(row: Row[Any]) -> MemberRow:
     )
 
 
-async def _not_mine(connection: AsyncConnection, name: str, incarnation: int) -> Expelled | Superseded:
+async def _not_mine(
+    connection: AsyncConnection, name: str, incarnation: int, holder: int
+) -> Expelled | Superseded | WentBack:
     """Why a heartbeat found no row."""
-    found = (await connection.execute(select(MEMBERS.c.incarnation).where(MEMBERS.c.name == name))).scalar_one_or_none()
+    found = (
+        await connection.execute(select(MEMBERS.c.incarnation, MEMBERS.c.holder).where(MEMBERS.c.name == name))
+    ).one_or_none()
     if found is None:
         return Expelled(f"member {name!r}, incarnation {incarnation}, has been removed")
-    if found != incarnation:
-        return Expelled(f"member {name!r}, incarnation {incarnation}, has been removed; another is incarnation {found}")
+    if found.incarnation != incarnation:
+        other = found.incarnation
+        return Expelled(f"member {name!r}, incarnation {incarnation}, has been removed; another is incarnation {other}")
+    if found.holder == holder:
+        return WentBack(f"heartbeats of member {name!r}, incarnation {incarnation}, are lost")
     return Superseded(f"another process holds the row of member {name!r}, incarnation {incarnation}")
 
 

@@ -19,12 +19,14 @@ from sqlalchemy.sql.functions import FunctionElement
 METADATA: Final = MetaData()
 
 #: One row. Whoever changes members locks it first: so changes have an order, and nobody waits for one who waits for him.
+#: least_schema: whoever knows that version of the schema can go on with this one, so that an upgrade can be taken back.
 CLUSTER: Final = Table(
     "cluster",
     METADATA,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("view_version", BigInteger, nullable=False),
     Column("last_incarnation", BigInteger, nullable=False),
+    Column("least_schema", Text, nullable=False),
     CheckConstraint("id = 1", name="cluster_one_row"),
 )
 
@@ -40,7 +42,7 @@ MEMBERS: Final = Table(
     Column("state", Text, nullable=False),
     Column("joined_at", Double, nullable=False),
     Column("expires_at", Double, nullable=False),
-    Column("beats", BigInteger, nullable=False, server_default="0"),
+    Column("beats", BigInteger, nullable=False),
     Column("report", Text, nullable=False),
     CheckConstraint("weight > 0", name="members_weight"),
     CheckConstraint("state IN ('active', 'draining')", name="members_state"),

@@ -23,6 +23,7 @@ from typing import Any, Final, Protocol
 
 from kos import config
 from kos.clock import Clock
+from kos.log import Seldom
 from kos.tasks import Tasks, TasksClosed
 from koscache.cluster import wire
 from koscache.cluster.coherence import Greeting, ProtocolBroken
@@ -147,18 +148,19 @@ class _In:
         self.name: str | None = None
         self.said = False
         self.connection: Connection | None = None
+        self._over = False
         self._nonce = os.urandom(wire.NONCE_BYTES)
         self._daemon = 0
         self.since = self.heard_at = lines.clock.monotonic()
 
     def connected(self, connection: Connection) -> None:
         self.connection = connection
-        if not self._lines.arrived(self):
-            connection.abort("too many strangers at a time")
-            return
+        self._lines.arrived(self)
         connection.send(wire.Challenge(self._nonce))
 
     def received(self, connection: Connection, message: Any) -> None:
+        if self._over:
+            return  # of the same packet
         self.heard_at = self._lines.clock.monotonic()
         try:
             if isinstance(message, wire.Ping):
@@ -172,8 +174,14 @@ class _In:
             else:
                 raise ProtocolBroken(f"{type(message).__name__} before its time")
         except ProtocolBroken as broken:
-            connection.send(wire.Refused(str(broken)))
-            self._lines.end_later(connection, str(broken))
+            self._refuse(connection, str(broken))
+
+    def _refuse(self, connection: Connection, reason: str, *, unknown: bool = False) -> None:
+        """Nothing is heard on it any more; it ends when this has been read, or soon."""
+        self._over = True
+        connection.pause_reading()
+        connection.send(wire.Refused(reason, unknown=unknown))
+        self._lines.end_later(connection, reason)
 
     def _knock(self, connection: Connection, knock: wire.Knock) -> None:
         lines, me = self._lines, self._lines.talk.me.name
@@ -187,8 +195,7 @@ class _In:
         proof = wire.proof(lines.secret, "proven", nonces, me, knock.name, daemon)
         connection.send(wire.Proven(me, daemon, proof))
         if not known:
-            connection.send(wire.Refused(f"no member is called {knock.name} here", unknown=True))
-            lines.end_later(connection, f"no member is called {knock.name} here")
+            self._refuse(connection, f"no member is called {knock.name} here", unknown=True)
             return
         self.name, self._daemon = knock.name, knock.daemon
         connection.allow(wire.MESSAGE_BYTES_MAX)
@@ -243,7 +250,8 @@ class Lines:
         self._outs: dict[str, _Out] = {}
         self._keeping: dict[str, tuple[Member, asyncio.Task[None]]] = {}
         self.ins: dict[str, _In] = {}
-        self._unproven: set[_In] = set()
+        self._unproven: dict[_In, None] = {}
+        self._refusals = Seldom(clock)
         self._server: asyncio.Server | None = None
         self._closed = False
 
@@ -279,9 +287,13 @@ class Lines:
 
     def end_later(self, connection: Connection, reason: str) -> None:
         """Ends it when what was sent is read, or soon."""
-        _log.warning("line refused", extra={"reason": reason})
+        self._say_refused(reason)
         with contextlib.suppress(TasksClosed):
             self._tasks.spawn(connection.close(), "refused")
+
+    def _say_refused(self, reason: str) -> None:
+        if (left_out := self._refusals.left_out()) is not None:
+            _log.warning("line refused", extra={"reason": reason, "more": left_out})
 
     # --- lines of ours --------------------------------------------------------------------------------------------------
 
@@ -352,19 +364,23 @@ class Lines:
 
     # --- lines of others ------------------------------------------------------------------------------------------------
 
-    def arrived(self, line: _In) -> bool:
+    def arrived(self, line: _In) -> None:
+        """Of strangers the one that came first goes when there are too many: a member proves itself within moments."""
         if len(self._unproven) >= _UNPROVEN_MAX:
-            return False
-        self._unproven.add(line)
-        return True
+            first = next(iter(self._unproven))
+            del self._unproven[first]
+            if first.connection is not None:
+                self._say_refused("too many strangers at a time")
+                first.connection.abort("too many strangers at a time", quietly=True)
+        self._unproven[line] = None
 
     def proven(self, line: _In) -> None:
-        self._unproven.discard(line)
+        self._unproven.pop(line, None)
         assert line.name is not None
         self.ins[line.name] = line
 
     def gone(self, line: _In, reason: str) -> None:
-        self._unproven.discard(line)
+        self._unproven.pop(line, None)
         if line.name is not None and self.ins.get(line.name) is line:
             del self.ins[line.name]
             if line.said:
@@ -388,7 +404,8 @@ class Lines:
                 self._look(inn, now, slept, name)
             for stranger in list(self._unproven):
                 if now - stranger.since > _HANDSHAKE_S and stranger.connection is not None:
-                    stranger.connection.abort("no proof in time")
+                    self._say_refused("no proof in time")
+                    stranger.connection.abort("no proof in time", quietly=True)
 
     def _look(self, line: _In | _Out, now: float, slept: bool, name: str) -> None:
         if slept:

@@ -9,6 +9,7 @@ Invariant: `until` is never later than what the store has of this member: it cou
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Protocol
 
@@ -16,7 +17,7 @@ from kos import config
 from kos.clock import Clock
 from kos.config import Config
 from kos.config_values import GIB, join_address
-from kos.control.errors import ControlUnavailable, Expelled, SchemaMissing
+from kos.control.errors import ControlUnavailable, Expelled, SchemaMissing, WentBack
 from kos.control.members import RESTORED_LIFT, MemberRow, MemberStore
 from kos.control.members import MemberState as StoredState
 from kos.errors import ConfigError
@@ -95,7 +96,8 @@ class ControlMembership:
         self._joined_at = self.looked_at
         self._version = -1
         self._beats = -1
-        self._forgot = False
+        #: Until then members may trust that the store has forgotten: for all joins of this time.
+        self._forgot_until = -math.inf
 
     async def run(self, incarnation: int) -> None:
         """Joins, and stays until cancelled. incarnation: the one that is remembered, 0 for none. Raises Superseded when
@@ -121,9 +123,11 @@ class ControlMembership:
             me = view.find(self.me.name)
             assert me is not None, "who joins is a member"
             self.me = me
-            forgot = self._forgot or self._lifted(joined.version, self._version)
-            self._version, self._beats, self._forgot = joined.version, joined.beats, False
+            if self._lifted(joined.version, self._version):
+                self._forget_none()
+            self._version, self._beats = joined.version, joined.beats
             self._joined_at = self.looked_at = sent
+            forgot = sent < self._forgot_until
             self._standing.joined(me, view, resumed=joined.resumed, forgot=forgot)
             self._standing.stood(sent + ttl_s * (1 - RATE_SLACK), ())
             return joined.incarnation
@@ -138,9 +142,9 @@ class ControlMembership:
             sent, known = self._now(), max(self._version, self._standing.version)
             try:
                 beat = await self._store.heartbeat(
-                    self.me.name, incarnation, self._holder, ttl_s, self._standing.report(), known
+                    self.me.name, incarnation, self._holder, ttl_s, self._standing.report(), known, self._beats
                 )
-            except SchemaMissing as error:
+            except (SchemaMissing, WentBack) as error:
                 self._lost(known, str(error))
                 return
             except ControlUnavailable as error:
@@ -154,9 +158,6 @@ class ControlMembership:
             self._store_back()
             if beat.version < known or self._lifted(beat.version, known):
                 self._lost(known, f"its view is {beat.version}, this node has seen {known}")
-                return
-            if beat.beats <= self._beats:
-                self._lost(known, "it has lost heartbeats of this node, and perhaps of others")
                 return
             self._version, self._beats = beat.version, beat.beats
             if beat.rows is not None:
@@ -172,8 +173,13 @@ class ControlMembership:
     def _lost(self, known: int, reason: str) -> None:
         """The store is a new one, or has gone back to an earlier state. Of members that it does not name it knows nothing."""
         _log.error("the control store has forgotten members: this node joins again", extra={"reason": reason})
-        self._version, self._forgot = known, True
+        self._version = known
+        self._forget_none()
         self._standing.expelled()
+
+    def _forget_none(self) -> None:
+        ttl_s = self._cluster.member_lease_s
+        self._forgot_until = self._now() + ttl_s * (1 + RATE_SLACK)
 
     @staticmethod
     def _lifted(version: int, known: int) -> bool:

@@ -13,7 +13,7 @@ import asyncio
 import msgspec
 
 from kos.clock import Clock
-from kos.control.errors import ControlUnavailable, Expelled, Superseded
+from kos.control.errors import ControlUnavailable, Expelled, Superseded, WentBack
 from kos.control.members import RESTORED_LIFT, Beat, Joined, MemberRow, MemberState, Rows
 
 
@@ -46,10 +46,11 @@ class MemberTable:
                 name=name, incarnation=self.last_incarnation, peer="127.0.0.1:1", cluster=cluster, weight=1, state=state
             )
         self._rows[name] = row, holder, self.clock.monotonic() + ttl_s
+        self.beats.setdefault(name, 0)
         return row.incarnation
 
     def remove(self, name: str) -> None:
-        del self._rows[name]
+        del self._rows[name], self.beats[name]
         self.version += 1
 
     def take_over(self, name: str) -> None:
@@ -70,7 +71,7 @@ class MemberTable:
         await self._before("join", me.name)
         if self.version < known_version:
             self.version = known_version + RESTORED_LIFT
-            self.last_incarnation += RESTORED_LIFT
+            self.last_incarnation = max(self.last_incarnation, me.incarnation) + RESTORED_LIFT
         row = self._rows[me.name][0] if me.name in self._rows else None
         resumed = row is not None and row.incarnation == me.incarnation
         if row is None:
@@ -78,20 +79,23 @@ class MemberTable:
             self.version += 1
             row = msgspec.structs.replace(me, incarnation=self.last_incarnation)
         self._rows[me.name] = row, holder, self.clock.monotonic() + ttl_s
-        self.beats[me.name] = self.beats.get(me.name, 0) + 1
+        self.beats[me.name] = self.beats.get(me.name, -1) + 1
         joined = Joined(row.incarnation, resumed, self._all(), self.version, self.beats[me.name])
         await self._after()
         return joined
 
     async def heartbeat(
-        self, name: str, incarnation: int, holder: int, ttl_s: float, report: str, known_version: int = -1
-    ) -> Beat:
+        self, name: str, incarnation: int, holder: int, ttl_s: float, report: str, known_version: int = -1,
+        known_beats: int = -1,
+    ) -> Beat:  # fmt: skip
         await self._before("heartbeat", name)
         if name not in self._rows or self._rows[name][0].incarnation != incarnation:
             raise Expelled(name)
         row, held, _ = self._rows[name]
         if held != holder:
             raise Superseded(name)
+        if self.beats[name] < known_beats:
+            raise WentBack(name)
         now = self.clock.monotonic()
         self._rows[name] = row, holder, now + ttl_s
         late = tuple(

@@ -328,6 +328,10 @@ class Model:
             row = self.rows.get(node.name)
             if row is None or row[0].incarnation != node.member.incarnation:
                 return
+            if row[2] < node.beats:
+                node.known, node.forgot = known, True
+                self.count("forgotten")
+                return
             beats = row[2] + 1
             self.rows[node.name] = (row[0], self.now + MEMBER_LEASE_S, beats)
             view = self.view()
@@ -336,7 +340,7 @@ class Model:
                 yield
                 if node.store_away:
                     continue
-            if view.version < known or self.lifted(view.version, known) or beats <= node.beats:
+            if view.version < known or self.lifted(view.version, known):
                 node.known, node.forgot = known, True
                 self.count("forgotten")
                 return

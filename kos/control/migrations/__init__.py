@@ -3,6 +3,10 @@
 Owns: bringing a database of any earlier version, or an empty one, to the present one; refusing a later one. Does not own:
 what the present one is (kos.control.tables).
 
+A script that only adds, with defaults, leaves cluster.least_schema alone: nodes of before go on with what it made, also when
+they are restarted, so nodes can be upgraded one after the other, and back. One after which they would go wrong sets it to its
+own revision.
+
 Invariant: one upgrades at a time, in one transaction: others wait, then find nothing to do; a failure leaves what was.
 
 There is no env.py, and scripts take `op` as an argument: what Alembic offers for import belongs to the whole process, and two
@@ -19,16 +23,20 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext, MigrationStep
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection
+from sqlalchemy import Connection, insert, select
 
 from kos.control.database import Database
 from kos.control.errors import SchemaTooNew
+from kos.control.tables import CLUSTER
 
 # It tells at each start which plug-ins it has and which statements it will not run in a transaction.
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 #: Of PostgreSQL's advisory locks, which are numbers: "kosctrl" in ASCII, and nobody else's in this database.
 _LOCK: Final = int.from_bytes(b"kosctrl")
+
+#: The earliest of the schemas whose code can go on with the present one.
+_LEAST: Final = "0001"
 
 #: How long all of it may take, the wait for other nodes' upgrades included.
 UPGRADE_S: Final = 60.0
@@ -65,6 +73,12 @@ def _upgrade(connection: Connection) -> str | None:
         try:
             scripts.get_revision(found)
         except CommandError:
-            return f"its schema is {found!r}, of a newer kos; this one knows it up to {head!r}"
+            least = connection.execute(select(CLUSTER.c.least_schema)).scalar_one_or_none()
+            if least is None or least > head:
+                return f"its schema is {found!r}, of a newer kos; this one knows it up to {head!r}"
+            return None
     context.run_migrations(op=Operations(context))
+    if connection.execute(select(CLUSTER.c.id)).one_or_none() is None:
+        # Somebody has emptied the tables.
+        connection.execute(insert(CLUSTER).values(id=1, view_version=0, last_incarnation=0, least_schema=_LEAST))
     return None

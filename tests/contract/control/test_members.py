@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from kos.control import migrations
 from kos.control.database import Database
-from kos.control.errors import ControlUnavailable, Expelled, Superseded
+from kos.control.errors import ControlUnavailable, Expelled, SchemaMissing, Superseded, WentBack
 from kos.control.members import (
     REPORT_MAX_BYTES,
     Beat,
@@ -26,7 +27,7 @@ from kos.control.members import (
     Rows,
     new_holder,
 )
-from kos.control.tables import MEMBERS
+from kos.control.tables import CLUSTER, MEMBERS
 from tests.conditions import until
 
 Stores = tuple[Members, Members]
@@ -98,6 +99,53 @@ async def test_heartbeats_are_counted_over_all_processes_of_a_node(stores: Store
     counted.append((await other.join(candidate("a"), 2, LONG_S)).beats)
     counted.append((await other.heartbeat("a", joined.incarnation, 2, LONG_S, "{}", joined.version)).beats)
     assert counted == sorted(set(counted))
+
+
+async def test_a_store_that_has_lost_a_heartbeat_takes_no_further_one(stores: Stores) -> None:
+    """Be the answer to that one lost or not: the next would find as many as it should."""
+    one, other = stores
+    joined = await one.join(candidate("a"), 1, LONG_S)
+    beat = await one.heartbeat("a", joined.incarnation, 1, LONG_S, "{}", joined.version, joined.beats)
+    before = (await other.read()).rows
+    for _ in range(2):
+        with pytest.raises(WentBack):
+            await one.heartbeat("a", joined.incarnation, 1, 2 * LONG_S, "{}", joined.version, beat.beats + 1)
+    (row,), (found,) = before, (await other.read()).rows
+    assert found.expires_in_s <= row.expires_in_s
+    # Another process of the name, or none, is what it was before.
+    with pytest.raises(Superseded):
+        await one.heartbeat("a", joined.incarnation, 2, LONG_S, "{}", joined.version, beat.beats + 1)
+    await one.leave("a", joined.incarnation, 1)
+    with pytest.raises(Expelled):
+        await one.heartbeat("a", joined.incarnation, 1, LONG_S, "{}", joined.version, beat.beats)
+
+
+async def test_incarnations_of_a_store_that_was_set_up_anew_twice_are_new_ones(stores: Stores) -> None:
+    one, other = stores
+    first = await one.join(candidate("a"), 1, LONG_S, 10)
+    await one.leave("a", first.incarnation, 1)
+    again = await other.join(candidate("a", incarnation=first.incarnation), new_holder(), LONG_S, first.version + 1)
+    assert again.incarnation > first.incarnation
+
+
+async def test_tables_that_are_empty_are_told_as_such(stores: Stores) -> None:
+    one, other = stores
+    joined = await one.join(candidate("a"), 1, LONG_S)
+
+    async def empty(connection: AsyncConnection) -> None:
+        await connection.execute(delete(MEMBERS))
+        await connection.execute(delete(CLUSTER))
+
+    await other._database.transaction(empty)
+    with pytest.raises(Expelled):
+        await one.heartbeat("a", joined.incarnation, 1, LONG_S, "{}")
+    for ask in (one.read, lambda: one.join(candidate("a"), 1, LONG_S, joined.version)):
+        with pytest.raises(SchemaMissing):
+            await ask()
+    await migrations.upgrade(other._database)
+    again = await one.join(candidate("a"), 1, LONG_S, joined.version)
+    assert again.version > joined.version
+    assert not again.resumed
 
 
 async def test_nothing_is_lifted_for_who_has_seen_no_more_than_there_is(stores: Stores) -> None:

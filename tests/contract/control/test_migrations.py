@@ -104,32 +104,6 @@ async def test_what_the_scripts_make_is_what_the_code_expects(databases: Databas
     assert await database.transaction(lambda connection: connection.run_sync(checks)) == expected
 
 
-async def test_a_database_of_before_heartbeats_were_counted(databases: Databases) -> None:
-    """Its members stay, and nodes of before may still join."""
-    database = databases()
-    await migrations.upgrade(database)
-    store, me = Members(database), MemberRow(name="a", incarnation=0, peer="p:1", cluster="c:1", weight=1)
-    joined = await store.join(me, 7, 600.0)
-
-    async def go_back(connection: AsyncConnection) -> None:
-        await connection.execute(text("ALTER TABLE members DROP COLUMN beats"))
-        await connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
-
-    await database.transaction(go_back)
-    with pytest.raises(ControlUnavailable):
-        await store.heartbeat("a", joined.incarnation, 7, 600.0, "{}")
-    await migrations.upgrade(databases())
-    assert (await store.heartbeat("a", joined.incarnation, 7, 600.0, "{}")).beats == 1
-
-    async def join_as_before(connection: AsyncConnection) -> None:
-        rest = "9, 1, 'p:2', 'c:2', 1, 'active', 0, 0, '{}'"
-        names = "name, incarnation, holder, peer, cluster, weight, state, joined_at, expires_at, report"
-        await connection.execute(text(f"INSERT INTO members ({names}) VALUES ('b', {rest})"))
-
-    await database.transaction(join_as_before)
-    assert [row.name for row in (await store.read()).rows] == ["a", "b"]
-
-
 async def test_by_many_at_once_in_one_process(databases: Databases) -> None:
     several = [databases() for _ in range(6)]
     await asyncio.gather(*(migrations.upgrade(database) for database in several))
@@ -154,14 +128,41 @@ async def test_a_newer_schema_is_refused_and_left_alone(databases: Databases) ->
 
     async def newer(connection: AsyncConnection) -> None:
         await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        await connection.execute(text("UPDATE cluster SET least_schema = '9998'"))
         await connection.execute(text("CREATE TABLE later (id INTEGER)"))
 
     await database.transaction(newer)
-    with pytest.raises(SchemaTooNew, match=r"'9999', of a newer kos.*'0002'"):
+    with pytest.raises(SchemaTooNew, match=r"'9999', of a newer kos.*'0001'"):
         await migrations.upgrade(databases())
     assert "later" in await tables(database)
     # A node that runs already goes on: whoever wrote the newer one saw to it that it can.
     assert (await Members(database).read()).version == 0
+
+
+async def test_a_newer_schema_that_this_one_can_go_on_with_is_left_alone(databases: Databases) -> None:
+    """So nodes are upgraded one after the other, and back."""
+    database = databases()
+    await migrations.upgrade(database)
+
+    async def newer(connection: AsyncConnection) -> None:
+        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        await connection.execute(text("ALTER TABLE members ADD COLUMN later INTEGER NOT NULL DEFAULT 1"))
+
+    await database.transaction(newer)
+    await migrations.upgrade(databases())
+    store, me = Members(database), MemberRow(name="a", incarnation=0, peer="p:1", cluster="c:1", weight=1)
+    joined = await store.join(me, 7, 600.0)
+    assert (await store.heartbeat("a", joined.incarnation, 7, 600.0, "{}", -1, joined.beats)).rows is not None
+
+
+async def test_a_backup_of_an_older_schema_is_told_as_such(databases: Databases) -> None:
+    database = databases()
+    await migrations.upgrade(database)
+    store, me = Members(database), MemberRow(name="a", incarnation=0, peer="p:1", cluster="c:1", weight=1)
+    joined = await store.join(me, 7, 600.0)
+    await database.transaction(lambda connection: connection.execute(text("ALTER TABLE members DROP COLUMN beats")))
+    with pytest.raises(SchemaMissing):
+        await store.heartbeat("a", joined.incarnation, 7, 600.0, "{}")
 
 
 async def test_a_script_that_fails_leaves_nothing(databases: Databases) -> None:

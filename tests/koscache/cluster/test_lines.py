@@ -539,20 +539,38 @@ async def test_nobody_knocks_twice(make: Make) -> None:
     assert await stranger.ended()
 
 
-async def test_strangers_are_few_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines_module, "_UNPROVEN_MAX", 3)
-    w, a = await make("w"), await make("a")
+async def test_strangers_are_few_at_a_time_and_keep_no_member_out(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("koscache.cluster.lines._UNPROVEN_MAX", 3)
+    a = await make("a")
     strangers = [await Stranger.connect(a) for _ in range(3)]
     for stranger in strangers:
         assert await stranger.hear(wire.Challenge)
-    another = await Stranger.connect(a)
-    assert await another.hear(wire.Challenge) is None
-    strangers[0].close()
-    await until(lambda: len(a.lines._unproven) < 3)
+    strangers += [await Stranger.connect(a) for _ in range(10)]
+    for stranger in strangers[:10]:
+        assert await stranger.ended()
+    w = await make("w")
     await stands(w, a)
-    assert len(a.lines._unproven) == 2  # who is proven is no stranger
+    assert len(a.lines._unproven) <= 3
+    # As often as somebody likes to knock, it is said once a second.
+    assert sum(record.message == "line refused" for record in caplog.records) < 5
     for stranger in strangers:
         stranger.close()
+
+
+async def test_what_comes_after_a_refusal_is_not_heard(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Of one packet with thousands of messages the first is answered."""
+    a = await make("a")
+    stranger = await Stranger.connect(a)
+    assert await stranger.hear(wire.Challenge)
+    tasks = len(asyncio.all_tasks())
+    stranger.say(*[wire.Ping()] * 2, *[wire.AskView()] * 5000)
+    assert await stranger.hear(wire.Refused)
+    assert len(asyncio.all_tasks()) <= tasks + 1
+    await stranger.ended()
+    assert sum(isinstance(message, wire.Refused) for message in stranger.heard) == 1
+    assert sum(record.message == "line refused" for record in caplog.records) == 1
 
 
 async def test_a_new_line_of_a_member_takes_the_place_of_its_old_one_without_a_word(make: Make) -> None:

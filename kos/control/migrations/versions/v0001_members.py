@@ -15,9 +15,10 @@ def upgrade(op: Operations) -> None:
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("view_version", sa.BigInteger, nullable=False),
         sa.Column("last_incarnation", sa.BigInteger, nullable=False),
+        sa.Column("least_schema", sa.Text, nullable=False),
         sa.CheckConstraint("id = 1", name="cluster_one_row"),
     )
-    op.bulk_insert(cluster, [{"id": 1, "view_version": 0, "last_incarnation": 0}])
+    op.bulk_insert(cluster, [{"id": 1, "view_version": 0, "last_incarnation": 0, "least_schema": revision}])
     op.create_table(
         "members",
         sa.Column("name", sa.Text, primary_key=True),
@@ -29,6 +30,7 @@ def upgrade(op: Operations) -> None:
         sa.Column("state", sa.Text, nullable=False),
         sa.Column("joined_at", sa.Double, nullable=False),
         sa.Column("expires_at", sa.Double, nullable=False),
+        sa.Column("beats", sa.BigInteger, nullable=False),
         sa.Column("report", sa.Text, nullable=False),
         sa.CheckConstraint("weight > 0", name="members_weight"),
         sa.CheckConstraint("state IN ('active', 'draining')", name="members_state"),
