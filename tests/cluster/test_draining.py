@@ -49,7 +49,7 @@ def read_all(node: ClusterNode, bodies: dict[str, bytes], large: Generated) -> N
     assert node.request("GET", "b", "large", expect=large).status == 200
 
 
-@pytest.mark.parametrize("membership", ["static", "control"])
+@pytest.mark.parametrize("membership", ["control", pytest.param("static", marks=pytest.mark.slow)])
 def test_a_drained_node_is_not_missed(tmp_path: Path, membership: str) -> None:
     bodies = {f"k{n:02d}": bytes([n]) * (2_000 + 2_000 * n) for n in range(40)}
     large = Generated("large", 40 * MIB + 5)

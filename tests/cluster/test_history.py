@@ -131,7 +131,7 @@ class Spoiler:
 
 
 async def test_a_short_history(tmp_path: Path) -> None:
-    await history(tmp_path, 2_500, lasts_s=(0.1, 0.5, 1.5))
+    await history(tmp_path, 1_800, lasts_s=(0.1, 0.5, 1.5))
 
 
 @pytest.mark.slow

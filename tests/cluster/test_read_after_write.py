@@ -44,10 +44,11 @@ async def everywhere(tmp_path: Path, network: str, operations: int, *, delay_s: 
 
 
 async def test_a_write_through_one_is_read_through_all(tmp_path: Path) -> None:
-    work = await everywhere(tmp_path, "direct", 1000)
-    assert sum(count for what, count in work.outcomes.items() if what.startswith("read 200")) > 1500, work.outcomes
+    work = await everywhere(tmp_path, "direct", 700)
+    assert sum(count for what, count in work.outcomes.items() if what.startswith("read 200")) > 1000, work.outcomes
 
 
+@pytest.mark.slow
 async def test_a_write_through_one_is_read_through_all_over_slow_links(tmp_path: Path) -> None:
     await everywhere(tmp_path, "relays", 300, delay_s=0.004)
 
