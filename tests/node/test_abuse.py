@@ -141,7 +141,10 @@ def test_a_client_that_closes_its_side_is_taken_for_gone(wire: Wire, own: tuple[
     """A client that ended looks the same, and most that look so have ended: what it asked for is broken off."""
     hold = own[1].hold(key="cold", at="head", times=None) if key == "cold" else None
     pids = wire.node.worker_pids()
-    before = sum(_sockets(pid) for pid in pids)
+    if key == "large":
+        # Connections to the origin are kept for a while: none of them is to be counted as a client's.
+        wire.s3.get_object(Bucket="b", Key="large")["Body"].read()
+    before = sum(_descriptors(pid) for pid in pids)
     try:
         with contextlib.ExitStack() as stack:
             for _ in range(20):
@@ -154,7 +157,7 @@ def test_a_client_that_closes_its_side_is_taken_for_gone(wire: Wire, own: tuple[
                     with contextlib.suppress(ssl.SSLError):  # the answer comes nevertheless, or nothing yet
                         connection.unwrap()
             assert wire.serves()
-            eventually(lambda: sum(_sockets(pid) for pid in pids) < before + 10, "all of them were let go of")
+            eventually(lambda: sum(_descriptors(pid) for pid in pids) < before + 10, "all of them were let go of")
     finally:
         if hold is not None:
             hold.release()
@@ -223,15 +226,6 @@ def test_ten_thousand_idle_connections(own: tuple[Node, FakeOrigin], tmp_path: P
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     eventually(lambda: sum(_descriptors(pid) for pid in pids) < 1000, "the workers have let go of them")
     assert wire.node.worker_pids() == pids
-
-
-def _sockets(pid: int) -> int:
-    """Pipes of splices are kept for the next ones."""
-    found = 0
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found += os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")
-    return found
 
 
 def _descriptors(pid: int) -> int:
