@@ -437,6 +437,18 @@ def _check_cluster(config: Config) -> Iterator[Complaint]:
     if cluster.heartbeat_s * 3 > cluster.member_lease_s:
         found = f"{show_duration(cluster.heartbeat_s)} with member_lease {show_duration(cluster.member_lease_s)}"
         yield Complaint(("cluster", "heartbeat"), found, "at most a third of member_lease, so that two may be lost")
+    # A lease counts for a tenth longer to those who granted it; the long one is twice member_lease.
+    static = cluster.membership == "static"
+    least_s = 1.1 * (cluster.lease_s if static else 2 * cluster.member_lease_s)
+    if cluster.write_wait_s <= least_s:
+        option = (
+            f"lease {show_duration(cluster.lease_s)}"
+            if static
+            else f"member_lease {show_duration(cluster.member_lease_s)}"
+        )
+        found = f"{show_duration(cluster.write_wait_s)} with {option}"
+        allowed = f"more than {show_duration(least_s)}, or every write fails while a node that has died is waited for"
+        yield Complaint(("cluster", "write_wait"), found, allowed)
     if cluster.hedge_least_s > cluster.hedge_most_s:
         yield Complaint(("cluster", "hedge_least"), "more than hedge_most", "at most cluster.hedge_most")
     names = [member.name for member in members]

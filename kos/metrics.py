@@ -86,6 +86,11 @@ CLUSTER_TRUSTED: Final = Gauge(
     "1 while records may be used without asking the origin, 0 while each must be confirmed",
     multiprocess_mode="livemostrecent",
 )
+CLUSTER_CONTROL_AWAY: Final = Gauge(
+    "kos_cluster_control_away",
+    "1 while the control store does not answer this node; then no member can be expelled, and none may be restarted",
+    multiprocess_mode="livemostrecent",
+)
 CLUSTER_WRITES_WAITING: Final = Gauge(
     "kos_cluster_writes_waiting", "Writes that not all nodes have heard of yet", multiprocess_mode="livemostrecent"
 )

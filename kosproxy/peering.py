@@ -22,7 +22,7 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 from aiohttp.web_request import BaseRequest
 
-from kos import metrics
+from kos import config, metrics
 from kos.errors import KosError, OriginError, OriginRefused, OriginUnavailable, S3Error
 from kos.log import Seldom
 from kos.s3.object_response import render_head
@@ -97,6 +97,7 @@ class Peering:
         self._parts = parts
         self._carrier = parts.carrier
         self._secret = cluster.secret.encode()
+        self._name = config.own_name(parts.config)
         self._refusals = Seldom(parts.clock)
         self._block_bytes = parts.config.cache.block_bytes
         # The asker's hedge is not to be due before it has a head.
@@ -115,7 +116,7 @@ class Peering:
         path, auth, ask = match.groups()
         now = self._parts.clock.now()
         try:
-            wire.signer(self._secret, auth.decode(), path.decode(), ask, now)
+            wire.signer(self._secret, auth.decode(), self._name, path.decode(), ask, now)
             if path == _BLOCK:
                 answer = self._find_block(wire.decode(ask, AskBlock))
             elif path == _OBJECT:
@@ -251,7 +252,8 @@ class Peering:
         head = exchange.head
         ask = head.headers.get(wire.ASK_HEADER, "").encode("utf-8", "surrogateescape")
         try:
-            wire.signer(self._secret, head.headers.get(wire.AUTH_HEADER, ""), path, ask, self._parts.clock.now())
+            auth = head.headers.get(wire.AUTH_HEADER, "")
+            wire.signer(self._secret, auth, self._name, path, ask, self._parts.clock.now())
         except PeerBroken as broken:
             if (left_out := self._refusals.left_out()) is not None:
                 _log.warning("a question on the peer port was refused", extra={"reason": str(broken), "more": left_out})

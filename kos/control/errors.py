@@ -35,5 +35,9 @@ class Expelled(ControlError):
     """The member has no row any more, or one of a later incarnation: what it knew can no longer be trusted."""
 
 
+class LastActive(ControlError):
+    """No other member is active: nobody could take over what this one keeps."""
+
+
 class Superseded(ControlError):
     """Another process has taken over the member's row: it was restarted, or two nodes have one name."""

@@ -41,7 +41,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from kos.control.database import Database
-from kos.control.errors import Expelled, SchemaMissing, Superseded, WentBack
+from kos.control.errors import Expelled, LastActive, SchemaMissing, Superseded, WentBack
 from kos.control.tables import CLUSTER, MEMBERS, now_s
 
 #: A store that is behind what a node has seen of it was restored from a backup. Its numbers are lifted so far beyond that none
@@ -145,7 +145,7 @@ class MemberStore(Protocol):
         """Remove oneself; of no effect on a row that is no longer one's own."""
 
     async def set_state(self, name: str, state: MemberState) -> bool:
-        """False if there is no such member."""
+        """False if there is no such member. Raises LastActive: one has to be active."""
 
     async def read(self) -> Rows: ...
 
@@ -267,16 +267,22 @@ class Members:
         await self._remove(name, incarnation, MEMBERS.c.holder == holder)
 
     async def set_state(self, name: str, state: MemberState) -> bool:
-        async def work(connection: AsyncConnection) -> bool:
+        async def work(connection: AsyncConnection) -> bool | LastActive:
             await _lock(connection)
             named = MEMBERS.c.name == name
             found = (await connection.execute(select(MEMBERS.c.state).where(named))).scalar_one_or_none()
             if found is not None and found != state.value:
+                active = exists().where(MEMBERS.c.name != name, MEMBERS.c.state == MemberState.ACTIVE.value)
+                if state is MemberState.DRAINING and not (await connection.execute(select(active))).scalar_one():
+                    return LastActive(f"no other member than {name!r} is active")
                 await connection.execute(update(MEMBERS).where(named).values(state=state.value))
                 await _change_view(connection)
             return found is not None
 
-        return await self._database.transaction(work)
+        outcome = await self._database.transaction(work)
+        if isinstance(outcome, LastActive):
+            raise outcome
+        return outcome
 
     async def read(self) -> Rows:
         return await self._database.single(_all)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,11 @@ class Admin:
 
     async def _cluster_change(self, request: web.Request) -> web.Response:
         node = request.query.get("node", "")
+        transport = request.transport
+        if transport is None or not _from_here(
+            transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+        ):
+            return _json({"error": "changes are taken from this machine alone: run kos there"}, 403)
         if _from_page(request):
             return _json({"error": f"found no header {CHANGE_HEADER}, or an Origin: web pages may change nothing"}, 403)
         if not node:
@@ -170,6 +176,16 @@ def _object_of(request: web.Request) -> tuple[str, str, str | None] | web.Respon
     if version_id is not None and "\0" in version_id:
         return _json({"error": "found a NUL in version_id, allowed: an id that the origin gave"}, 400)
     return bucket, key, version_id
+
+
+def _from_here(peer: object, local: object) -> bool:
+    """Whether the other end is this machine, or this pod: who may look at metrics is not to change the cluster.
+
+    peer, local: socket addresses of the two ends, (host, port, ...).
+    """
+    if not isinstance(peer, tuple) or not isinstance(local, tuple):
+        return False
+    return peer[0] == local[0] or ipaddress.ip_address(peer[0].partition("%")[0]).is_loopback
 
 
 def _from_page(request: web.Request) -> bool:

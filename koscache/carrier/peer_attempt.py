@@ -40,13 +40,13 @@ class Asker:
 @dataclass(frozen=True, slots=True)
 class Question:
     """path: as the counts call it. request: all of it, as it is sent. hedge: makes the same for a second member while the
-    first may still answer: only what it has at hand, for else both would ask the origin. probe: makes what a member that
-    lives answers at once. first_bytes: as in Asking. latencies: of such."""
+    first may still answer: only what it has at hand, for else both would ask the origin. probe: makes what that
+    member answers at once, if it lives. first_bytes: as in Asking. latencies: of such."""
 
     path: str
     request: bytes
     hedge: Callable[[], bytes]
-    probe: Callable[[], Question]
+    probe: Callable[[str], Question]
     first_bytes: int
     latencies: Latencies
 

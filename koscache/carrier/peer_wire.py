@@ -55,6 +55,8 @@ CHECKSUM_HEADER: Final = "x-kos-checksum"
 
 #: Clocks of one cluster may be so far apart. A question that is heard again within that time only reads.
 SKEW_S: Final = 300.0
+#: What makes a node work is signed for that node alone; to any other it is no question. It has as much then as it would have.
+_FOR_ONE: Final = frozenset({AHEAD, TAKE})
 #: Of an encoded question or Said. A record has at most 32 KiB of names and values (carrier.first), which msgpack frames by
 #: up to 5 bytes each; beside it there are bucket, key and version id, 2 KiB. base64 makes 4 bytes of 3: 52 KiB at most.
 ASK_BYTES_MAX: Final = 60 * 1024
@@ -240,26 +242,27 @@ def decode(value: bytes, kind: type[A]) -> A:
         raise PeerBroken(f"not a {kind.__name__}: {error}") from error
 
 
-def sign(secret: bytes, member: str, path: str, ask: bytes, now: float) -> str:
-    """The value of x-kos-auth. now: epoch seconds."""
+def sign(secret: bytes, member: str, to: str, path: str, ask: bytes, now: float) -> str:
+    """The value of x-kos-auth. to: the member that is asked, if it is one alone. now: epoch seconds."""
     stamp = f"{member} {int(now * 1000)}"
-    return f"{stamp} {_digest(secret, stamp, path, ask)}"
+    return f"{stamp} {_digest(secret, stamp, to, path, ask)}"
 
 
-def signer(secret: bytes, value: str, path: str, ask: bytes, now: float) -> str:
-    """The member whose signature it is. Raises PeerBroken. value: as it came, whatever it is."""
+def signer(secret: bytes, value: str, to: str, path: str, ask: bytes, now: float) -> str:
+    """The member whose signature it is. Raises PeerBroken. value: as it came, whatever it is; to: this member."""
     stamp, _, digest = value.rpartition(" ")
     member, _, at = stamp.partition(" ")
     # What is not ASCII no member has sent; compare_digest() would refuse it by another exception.
-    if not value.isascii() or not hmac.compare_digest(digest, _digest(secret, stamp, path, ask)):
+    if not value.isascii() or not hmac.compare_digest(digest, _digest(secret, stamp, to, path, ask)):
         raise PeerBroken("the signature is wrong: is cluster.secret the same on all nodes?")
     if not at.isdigit() or abs(int(at) / 1000 - now) > SKEW_S:
         raise PeerBroken(f"signed at another time: clocks may be {SKEW_S:g} s apart")
     return member
 
 
-def _digest(secret: bytes, stamp: str, path: str, ask: bytes) -> str:
-    return _key(secret).digest(b"\n".join((b"kos-peer-1", stamp.encode(), path.encode(), ask))).hex()
+def _digest(secret: bytes, stamp: str, to: str, path: str, ask: bytes) -> str:
+    target = f"{path} {to}" if path in _FOR_ONE else path
+    return _key(secret).digest(b"\n".join((b"kos-peer-1", stamp.encode(), target.encode(), ask))).hex()
 
 
 @lru_cache(maxsize=4)

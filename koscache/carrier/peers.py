@@ -107,9 +107,9 @@ class Peers:
         """The answer of the first of the members who can give one; release() or close() it.
 
         Members that back off are passed over unless all do. Another status than 200 comes back as well, if none had anything
-        better: see failed_of(). Raises PeerUnavailable.
+        better: see failed_of(). What makes a member work (ahead, take) is asked of one alone. Raises PeerUnavailable.
         """
-        request = self._request(path, ask)
+        request = self._request(path, ask, members[0] if members else "")
         known = [self._peers[name] for name in members if name in self._peers]
         candidates = [peer for peer in known if peer.well] or known
         if not candidates:
@@ -135,24 +135,24 @@ class Peers:
         finally:
             race.close()
 
-    def _request(self, path: str, ask: Ask) -> bytes:
+    def _request(self, path: str, ask: Ask, to: str) -> bytes:
         encoded = peer_wire.encode(ask)
         if len(encoded) > peer_wire.ASK_BYTES_MAX:
             raise PeerUnavailable(f"a question of {len(encoded)} bytes")
-        auth = peer_wire.sign(self._secret, self._name, path, encoded, self._clock.now())
+        auth = peer_wire.sign(self._secret, self._name, to, path, encoded, self._clock.now())
         return b"GET %b HTTP/1.1\r\nHost: kos\r\nx-kos-auth: %b\r\nx-kos-ask: %b\r\n\r\n" % (
             path.encode(), auth.encode(), encoded,
         )  # fmt: skip
 
-    def _probe(self) -> Question:
-        request, latencies = self._request(peer_wire.AHEAD, _NOTHING), self._latencies[peer_wire.AHEAD]
+    def _probe(self, to: str) -> Question:
+        request, latencies = self._request(peer_wire.AHEAD, _NOTHING, to), self._latencies[peer_wire.AHEAD]
         return Question(
             peer_wire.NAMES[peer_wire.AHEAD], request, lambda: request, self._probe, _SMALL_BYTES, latencies
         )
 
     def _at_hand(self, path: str, ask: Ask) -> bytes:
         assert isinstance(ask, AskBlock | AskObject)
-        return self._request(path, msgspec.structs.replace(ask, cached=True))
+        return self._request(path, msgspec.structs.replace(ask, cached=True), "")
 
     def close(self) -> None:
         """Closes idle connections and gives up questions; bodies under way are their readers'."""
@@ -266,7 +266,7 @@ class _Race:
         asked = self._asked
         if asked is None or asked.over:
             return
-        self._probe = Attempt(self._asker, self._question.probe(), asked.peer, self._lives)
+        self._probe = Attempt(self._asker, self._question.probe(asked.peer.member.name), asked.peer, self._lives)
         self._impatient = self._loop.call_later(self._patience_s, self._is_silent)
 
     def _lives(self) -> None:

@@ -213,8 +213,8 @@ class Coherence:
     name: this member's. lease_s: of what members promise each other. member_lease_s: of what the store says (CONTROL); twice
     that is the long lease. trusted_until: as the daemon before this one left it. before: what it left when it resigned; None: it
     did not. after_crash: it died as this same member, and of what it promised nobody knows. forgot: the store is not the one
-    that it was, so members that no view names may trust, for as long as their last heartbeat lets them. first: writes are
-    numbered from here on.
+    that it was, so members that no view names may trust, for as long as their last heartbeat lets them. missed: slots of
+    writes that no member has been told of; None: too many to say. first: writes are numbered from here on.
     """
 
     def __init__(
@@ -228,6 +228,7 @@ class Coherence:
         before: Left | None = None,
         after_crash: bool = False,
         forgot: bool = False,
+        missed: frozenset[int] | None = frozenset(),
         first: int = 0,
     ) -> None:
         self._name = name
@@ -239,6 +240,7 @@ class Coherence:
         self._before = before or Left()
         self._after_crash = after_crash
         self._forgot = forgot
+        self._missed = missed
         self._next = first
         self._view = View(-1, ())
         self._heard_version = 0
@@ -365,7 +367,7 @@ class Coherence:
                 # The daemon that ran here before may have made promises until now.
                 out = self._outs[name] = _Out(now, met=self._complete)
                 missed = self._before.skipped.get(name, ())
-                out.skipped = None if missed is None else set(missed)
+                out.skipped = None if missed is None or self._missed is None else {*missed, *self._missed}
                 inn = _In(met=self._complete, daemon=self._before.heard.get(name), renewed_at=since)
                 # Of who was there before us we do not know what he did: until he tells us, or is gone.
                 inn.lapsed = not self._continuous(inn, now)

@@ -199,7 +199,8 @@ class Hub:
         self._coherence = Coherence(
             self._me.name, co.Membership(cluster.membership), cluster.lease_s,
             member_lease_s=cluster.member_lease_s, trusted_until=self._trusted_before(),
-            before=self._before, after_crash=after_crash, forgot=forgot, first=self.writes.numbers,
+            before=self._before, after_crash=after_crash, forgot=forgot,
+            missed=self.writes.forgotten, first=self.writes.numbers,
         )  # fmt: skip
         self._before = None
         self.writes.under(self._coherence)
@@ -520,6 +521,7 @@ class Hub:
             metrics.CLUSTER_MEMBERS.set(len(self._view.members))
             metrics.CLUSTER_TROUBLED.set(len(self.in_trouble()))
             metrics.CLUSTER_TRUSTED.set(1 if self.trusting else 0)
+            metrics.CLUSTER_CONTROL_AWAY.set(1 if self.control_away else 0)
             metrics.CLUSTER_WRITES_WAITING.set(self.writes.waiting)
 
     def _follow_fence(self) -> None:

@@ -22,7 +22,7 @@ import msgspec
 
 import kos
 from kos.config import Config
-from kos.control.errors import ControlUnavailable
+from kos.control.errors import ControlUnavailable, LastActive
 from kos.errors import KosError
 from koscache.cluster.draining import Draining, Rings
 from koscache.cluster.ring import Ring
@@ -239,7 +239,11 @@ class Operations:
         others = [each for each in hub.view.others(name) if each.state is MemberState.ACTIVE]
         if state is MemberState.DRAINING and not others:
             raise _Said(Wrong.REFUSED, f"no other node is active, so nobody could take over the share of {name}")
-        await hub.set_state(state)
+        try:
+            await hub.set_state(state)
+        except LastActive as error:
+            # Another one was drained at the same time.
+            raise _Said(Wrong.REFUSED, str(error)) from error
         return {"node": name, "state": state}
 
     # --- of the cluster ---------------------------------------------------------------------------------------------------

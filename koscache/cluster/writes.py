@@ -4,7 +4,8 @@ Owns: which writes there are, who waits for their end and for how long, what is 
 again. Does not own: what is told to whom, and when a write has been heard of (coherence).
 
 Invariant: a write is known here from begin() until it has been heard of everywhere or given up, whatever becomes of this
-node's membership meanwhile: under a new Coherence it is told again from its begin on.
+node's membership meanwhile: under a new Coherence it is told again from its begin on. Of one that nobody waits for its
+slots are told.
 """
 
 from __future__ import annotations
@@ -15,13 +16,9 @@ import math
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
 
 from kos import metrics
-from koscache.cluster.coherence import Coherence, Command
-
-#: Slots of writes that are remembered until this node is a member again.
-_FORGOTTEN_SLOTS_MAX: Final = 500_000
+from koscache.cluster.coherence import SKIPPED_MAX, Coherence, Command
 
 
 @dataclass(slots=True, eq=False)
@@ -46,8 +43,8 @@ class Writes:
         self._coherence: Coherence | None = None
         self._writes: dict[int, _Write] = {}
         self._by_number: dict[int, int] = {}
-        #: slots of writes that ended while this node was no member
-        self._forgotten: list[tuple[int, ...]] = []
+        #: slots of writes that ended while this node was no member, and that others have not been told; None: too many
+        self._forgotten: set[int] | None = set()
         self._handles = itertools.count(1)
         self._stopping = False
         # Random, so that what is said of a write of the daemon before means nothing to this one.
@@ -100,14 +97,18 @@ class Writes:
             return
         self._by_number.pop(write.number, None)
         if self._coherence is None:
-            self._remember(write)
+            self._remember(write.slots)
         else:
             self._carry_out(self._coherence.end(write.number, self._now(), None))
 
-    def _remember(self, write: _Write) -> None:
-        """Others are to hear of it, for nobody's sake, when this node is a member again."""
-        if sum(map(len, self._forgotten)) < _FORGOTTEN_SLOTS_MAX:
-            self._forgotten.append(write.slots)
+    def _remember(self, slots: Iterable[int] | None) -> None:
+        """Others are to hear of them, for nobody's sake, when this node is a member again."""
+        if slots is None:
+            self._forgotten = None
+        if self._forgotten is not None and slots is not None:
+            self._forgotten.update(slots)
+            if len(self._forgotten) > SKIPPED_MAX:
+                self._forgotten = None
 
     # --- how they end ---------------------------------------------------------------------------------------------------
 
@@ -139,11 +140,16 @@ class Writes:
         else:
             metrics.CLUSTER_WRITES_REFUSED.inc()
             if self._coherence is None:
-                self._remember(write)
+                self._remember(write.slots)
         if not write.ending.done():
             write.ending.set_result(ok)
 
     # --- under which Coherence ------------------------------------------------------------------------------------------
+
+    @property
+    def forgotten(self) -> frozenset[int] | None:
+        """What the next Coherence is to tell all others of."""
+        return None if self._forgotten is None else frozenset(self._forgotten)
 
     def under(self, coherence: Coherence) -> None:
         """All that are known here, told from their begin on. Its numbers go on from ours."""
@@ -153,13 +159,14 @@ class Writes:
             self._begin(handle, write)
             if write.ending is not None:
                 self._end(write)
-        forgotten, self._forgotten = self._forgotten, []
-        for slots in forgotten:
-            self.forget(self.begin(slots))
 
     def under_none(self) -> None:
         """This node is no member. Those who wait are told again under the next one; so is what nobody waits for any more."""
-        if self._coherence is not None:
-            unfinished = self._coherence.unfinished()
-            self._forgotten += [slots for number, slots in unfinished.items() if number not in self._by_number]
-        self._coherence = None
+        coherence, self._coherence = self._coherence, None
+        if coherence is None:
+            return
+        if coherence.complete:
+            self._forgotten = set()  # all have been told
+        for number, slots in coherence.unfinished().items():
+            if number not in self._by_number:
+                self._remember(slots)

@@ -13,7 +13,7 @@ import asyncio
 import msgspec
 
 from kos.clock import Clock
-from kos.control.errors import ControlUnavailable, Expelled, Superseded, WentBack
+from kos.control.errors import ControlUnavailable, Expelled, LastActive, Superseded, WentBack
 from kos.control.members import RESTORED_LIFT, Beat, Joined, MemberRow, MemberState, Rows
 
 
@@ -128,6 +128,9 @@ class MemberTable:
         found = name in self._rows
         if found:
             row, holder, until = self._rows[name]
+            others = (each for other, (each, _, _) in self._rows.items() if other != name)
+            if state is MemberState.DRAINING and all(each.state is MemberState.DRAINING for each in others):
+                raise LastActive(name)
             if row.state is not state:
                 self._rows[name] = msgspec.structs.replace(row, state=state), holder, until
                 self.version += 1

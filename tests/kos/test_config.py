@@ -164,6 +164,27 @@ def test_what_is_no_configuration_at_all(tmp_path: Path, text: str) -> None:
     assert "FILE" in refusal(tmp_path, text)
 
 
+_CLUSTERS = {
+    "membership: static, secret: short": "cluster.secret: found 5 characters, allowed: at least 16 characters",
+    "membership: control": "cluster.secret: found nothing, allowed: at least 16",
+    "membership: control, SECRET, heartbeat: 6s": "cluster.heartbeat: found 6s with member_lease 15s, allowed: at most",
+    "membership: control, SECRET, write_wait: 33s": "cluster.write_wait: found 33s with member_lease 15s, allowed: more than 33s",
+    "membership: control, SECRET, member_lease: 10m": "cluster.write_wait: found 40s with member_lease 10m, allowed: more than",
+    "membership: static, SECRET, lease: 10s, write_wait: 10s": "cluster.write_wait: found 10s with lease 10s, allowed: more",
+    "membership: static, SECRET, hedge_least: 2s, hedge_most: 1s": "cluster.hedge_least: found more than hedge_most",
+    "membership: static, SECRET, name: b": "members: found no member 'b', allowed: this node's own cluster.name",
+    "membership: control, SECRET, advertise: members": "members: found a list, and cluster.membership control",
+}
+
+
+@pytest.mark.parametrize("cluster", _CLUSTERS)
+def test_clusters_that_cannot_be(tmp_path: Path, cluster: str) -> None:
+    text = f"{GOOD}\ncluster: {{{cluster.replace('SECRET', 'secret: sixteen characters')}}}"
+    if "static" in cluster or "members" in cluster:
+        text += "\nmembers: [{name: a, peer: 'h:1', cluster: 'h:2'}]"
+    assert _CLUSTERS[cluster] in refusal(tmp_path, text)
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "kos.yaml"
     path.write_bytes(b"region: \xff\n")

@@ -114,7 +114,7 @@ async def home_of(
     async with CacheNode(path, block_bytes=BLOCK, clock=clock, rules=rules) as node:
         settings = msgspec.structs.replace(
             node.config,
-            cluster=config.Cluster(membership="static", secret=SECRET, hedge_least_s=2 * patience_s),
+            cluster=config.Cluster(membership="static", name="home", secret=SECRET, hedge_least_s=2 * patience_s),
             limits=config.Limits(**limits),
         )
         tasks = Tasks("home")
@@ -501,14 +501,14 @@ async def test_nothing_is_answered_that_is_not_signed(home: Home) -> None:
     record = await home.fill()
     ask, other = (wire.encode(AskBlock("b", "k", record, number, 0, BLOCK)) for number in (0, 1))
     secret, now = SECRET.encode(), home.clock.now()
-    right = wire.sign(secret, "me", wire.BLOCK, ask, now)
+    right = wire.sign(secret, "me", "home", wire.BLOCK, ask, now)
     opens = len(home.origin.requests)
     for auth in (
-        wire.sign(b"another secret", "me", wire.BLOCK, ask, now),
-        wire.sign(secret, "me", wire.CHECKSUM, ask, now),
-        wire.sign(secret, "me", wire.BLOCK, other, now),
-        wire.sign(secret, "me", wire.BLOCK, ask, now - wire.SKEW_S - 2),
-        wire.sign(secret, "me", wire.BLOCK, ask, now + wire.SKEW_S + 2),
+        wire.sign(b"another secret", "me", "home", wire.BLOCK, ask, now),
+        wire.sign(secret, "me", "home", wire.CHECKSUM, ask, now),
+        wire.sign(secret, "me", "home", wire.BLOCK, other, now),
+        wire.sign(secret, "me", "home", wire.BLOCK, ask, now - wire.SKEW_S - 2),
+        wire.sign(secret, "me", "home", wire.BLOCK, ask, now + wire.SKEW_S + 2),
         right.replace("me", "you"),
         right[:-1],
         right.upper(),
@@ -523,10 +523,25 @@ async def test_nothing_is_answered_that_is_not_signed(home: Home) -> None:
     assert len(home.origin.requests) == opens
 
 
+@pytest.mark.parametrize("path", [wire.AHEAD, wire.TAKE])
+async def test_what_makes_a_node_work_is_signed_for_that_node(home: Home, path: str) -> None:
+    """So that who has heard it sets no other to work by it."""
+    record = await home.known()
+    asks = {wire.AHEAD: AskAhead("b", "k", record, (1,)), wire.TAKE: AskTake("b", "k", record, (1,), "leaving")}
+    ask, now = wire.encode(asks[path]), home.clock.now()
+    for to, expected in (("another", 401), ("", 401)):
+        auth = wire.sign(SECRET.encode(), "me", to, path, ask, now)
+        assert (await home.raw(request_of(path, ask, auth)))[0] == expected
+    assert not home.carrier.stats().fills
+    (await home.ask(asks[path])).release()
+    await home.node.settled()
+    assert [number for number, _ in home.node.workers[0].reader.blocks(record.content)] == [1]
+
+
 async def test_a_question_holds_for_as_long_as_clocks_may_differ(home: Home) -> None:
     record = await home.fill()
     ask = wire.encode(AskBlock("b", "k", record, 9, 0, 1))  # which there is not: so that it says something
-    auth = wire.sign(SECRET.encode(), "me", wire.BLOCK, ask, home.clock.now())
+    auth = wire.sign(SECRET.encode(), "me", "home", wire.BLOCK, ask, home.clock.now())
     for _ in range(2):
         assert (await home.raw(request_of(wire.BLOCK, ask, auth)))[0] == 400
     home.clock.ahead_s += wire.SKEW_S + 1
@@ -547,14 +562,14 @@ async def test_a_question_holds_for_as_long_as_clocks_may_differ(home: Home) -> 
     ],
 )
 async def test_what_is_no_question(home: Home, path: str, ask: bytes) -> None:
-    auth = wire.sign(SECRET.encode(), "me", path, ask, home.clock.now())
+    auth = wire.sign(SECRET.encode(), "me", "home", path, ask, home.clock.now())
     status, failed = await home.raw(request_of(path, ask, auth))
     assert status == 400 and failed.outcome is OpenOutcome.LEADER_GAVE_UP
 
 
 async def test_another_method_is_no_question(home: Home) -> None:
     ask = wire.encode(AskObject("b", "k"))
-    auth = wire.sign(SECRET.encode(), "me", wire.OBJECT, ask, home.clock.now())
+    auth = wire.sign(SECRET.encode(), "me", "home", wire.OBJECT, ask, home.clock.now())
     for method in ("PUT", "DELETE"):
         assert (await home.raw(request_of(wire.OBJECT, ask, auth, method)))[0] == 400
 
@@ -574,7 +589,7 @@ async def test_what_is_no_http(home: Home, request_bytes: bytes) -> None:
 async def test_there_are_no_such_bytes(home: Home, number: int, start: int, stop: int) -> None:
     record = await home.fill()
     ask = wire.encode(AskBlock("b", "k", record, number, start, stop))
-    auth = wire.sign(SECRET.encode(), "me", wire.BLOCK, ask, home.clock.now())
+    auth = wire.sign(SECRET.encode(), "me", "home", wire.BLOCK, ask, home.clock.now())
     status, failed = await home.raw(request_of(wire.BLOCK, ask, auth))
     assert status == 400 and "no bytes" in failed.reason
 

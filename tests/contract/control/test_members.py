@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from kos.control import migrations
 from kos.control.database import Database
-from kos.control.errors import ControlUnavailable, Expelled, SchemaMissing, Superseded, WentBack
+from kos.control.errors import ControlUnavailable, Expelled, LastActive, SchemaMissing, Superseded, WentBack
 from kos.control.members import (
     REPORT_MAX_BYTES,
     Beat,
@@ -146,6 +147,20 @@ async def test_tables_that_are_empty_are_told_as_such(stores: Stores) -> None:
     again = await one.join(candidate("a"), 1, LONG_S, joined.version)
     assert again.version > joined.version
     assert not again.resumed
+
+
+async def test_one_member_stays_active(stores: Stores) -> None:
+    """However many are drained at once."""
+    one, other = stores
+    for name in "abc":
+        await one.join(candidate(name), 1, LONG_S)
+    asked = (store.set_state(name, MemberState.DRAINING) for store, name in zip((one, other, one), "abc", strict=True))
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(outcome) for outcome in sorted(outcomes, key=repr)] == [LastActive, bool, bool]
+    assert sorted(row.state for row in (await other.read()).rows) == ["active", "draining", "draining"]
+    await one.set_state("a", MemberState.ACTIVE)
+    await one.set_state("b", MemberState.ACTIVE)
+    assert await one.set_state("a", MemberState.DRAINING)
 
 
 async def test_nothing_is_lifted_for_who_has_seen_no_more_than_there_is(stores: Stores) -> None:
@@ -356,15 +371,16 @@ async def test_leaving(stores: Stores) -> None:
 async def test_states(stores: Stores) -> None:
     one, other = stores
     await one.join(candidate(), 1, LONG_S)
+    await other.join(candidate("z"), 2, LONG_S)
     assert await other.set_state("a", MemberState.DRAINING)
     assert not await other.set_state("b", MemberState.DRAINING)
     seen = await one.read()
-    assert (seen.version, seen.rows[0].state) == (2, MemberState.DRAINING)
+    assert (seen.version, seen.rows[0].state) == (3, MemberState.DRAINING)
     assert await other.set_state("a", MemberState.DRAINING)
-    assert (await one.read()).version == 2
+    assert (await one.read()).version == 3
     # A restart does not end a drain.
     again = await one.join(candidate(incarnation=1), 2, LONG_S)
-    assert (again.rows[0].state, again.version) == (MemberState.DRAINING, 2)
+    assert (again.rows[0].state, again.version) == (MemberState.DRAINING, 3)
     assert await other.set_state("a", MemberState.ACTIVE)
     assert (await one.read()).rows[0].state == MemberState.ACTIVE
 
@@ -439,7 +455,8 @@ async def test_any_interleaving_keeps_views_and_incarnations(databases: Callable
                     await store.leave(name, incarnation, number)
                     incarnation = 0
                 case "state":
-                    await store.set_state(f"n{rng.randrange(4)}", rng.choice(list(MemberState)))
+                    with suppress(LastActive):
+                        await store.set_state(f"n{rng.randrange(4)}", rng.choice(list(MemberState)))
                 case "read":
                     seen = await store.read()
             if seen is not None:

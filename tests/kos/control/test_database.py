@@ -170,7 +170,7 @@ async def test_a_transaction_whose_caller_is_cancelled_has_not_happened(tmp_path
                 await task
             assert (await Members(database).read()).rows[0].weight == 100
             # Its lock is gone as well.
-            assert await Members(database).set_state("a", MemberState.DRAINING)
+            assert await Members(database).set_state("a", MemberState.ACTIVE)
 
 
 async def test_connections_are_few(postgres: Postgres) -> None:
@@ -277,7 +277,7 @@ async def test_a_server_that_was_restarted_is_asked_again(postgres: Postgres) ->
         await store.heartbeat("a", 1, 1, 60.0, "{}")
         postgres.stop()
         postgres.start()
-        assert await store.set_state("a", MemberState.DRAINING)
+        assert await store.set_state("a", MemberState.ACTIVE)
 
 
 async def test_a_lock_that_is_never_let_go(postgres: Postgres) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from kos import config
 from kos.node import ports
-from kos.node.admin import Admin, AskCluster
+from kos.node.admin import Admin, AskCluster, _from_here
 from kos.node.supervisor import Supervisor
 from tests.conditions import until
 
@@ -86,6 +86,24 @@ async def test_questions_that_are_none(tmp_path: Path, path: str) -> None:
         assert status == 400 and answer["error"].startswith("found ")
         assert (await ask(session, "/v1/cluster/drain", "POST", CHANGE))[0] == 400
     assert cluster.asked == []
+
+
+@pytest.mark.parametrize(
+    ("peer", "local", "here"),
+    [
+        (("127.0.0.1", 5), ("127.0.0.1", 9001), True),
+        (("127.77.1.2", 5), ("127.0.0.1", 9001), True),
+        (("::1", 5, 0, 0), ("::1", 9001, 0, 0), True),
+        (("10.0.0.7", 5), ("10.0.0.7", 9001), True),
+        (("fe80::1%eth0", 5, 0, 2), ("fe80::1%eth0", 9001, 0, 2), True),
+        (("10.0.0.8", 5), ("10.0.0.7", 9001), False),
+        (("fe80::2%eth0", 5, 0, 2), ("fe80::1%eth0", 9001, 0, 2), False),
+        (("::ffff:10.0.0.8", 5, 0, 0), ("::ffff:10.0.0.7", 9001, 0, 0), False),
+        (None, ("10.0.0.7", 9001), False),
+    ],
+)
+def test_changes_are_made_from_the_node_itself(peer: object, local: object, here: bool) -> None:
+    assert _from_here(peer, local) is here
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class Owner:
         self, peer: FakePeer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, question: Question
     ) -> bool:
         ask = question.headers["x-kos-ask"].encode()
-        assert wire.signer(SECRET, question.headers["x-kos-auth"], question.path, ask, Clock().now()) == "me"
+        assert wire.signer(SECRET, question.headers["x-kos-auth"], peer.name, question.path, ask, Clock().now()) == "me"
         status, body = self.status, wire.encode(wire.not_here("no"))
         if question.path == wire.TAKE:
             take = wire.decode(ask, wire.AskTake)

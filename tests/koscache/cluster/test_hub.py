@@ -609,6 +609,25 @@ async def test_without_the_store_there_is_no_member_and_writes_wait(control: The
     assert w.hub.control_away == ""
 
 
+@pytest.mark.parametrize("count", [3, 20_000, 70_000])
+async def test_of_what_ended_meanwhile_all_others_hear_however_much_it_is(control: Them, count: int) -> None:
+    """More than can be told has them confirm everything."""
+    w, a = await control.start("w", "a")
+    await a.stop()
+    control.store.remove("a")
+    await control.until(lambda: w.views[-1].find("a") is None and w.trusts)
+    control.store.hold = held = asyncio.Event()
+    await a.start()
+    for number in range(count // 1000 + 1):
+        a.hub.writes.forget(a.hub.writes.begin(range(number * 1000, min(count, number * 1000 + 1000))))
+    epoch, before = w.fence.epoch, [w.fence.value(slot) for slot in (0, 2, count - 1)]
+    control.store.hold = None
+    held.set()
+    await control.until(lambda: a.trusts and w.trusts, 2 * MEMBER_LEASE_S)
+    assert all(w.fence.value(slot) != value for slot, value in zip((0, 2, count - 1), before, strict=True))
+    assert w.fence.epoch == epoch or count > 65_536
+
+
 async def test_and_for_no_longer_than_write_wait(control: Them) -> None:
     control.store.away = "down"
     (w,) = control.add("w")

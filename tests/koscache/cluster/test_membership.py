@@ -496,6 +496,7 @@ async def test_a_store_that_goes_away_while_somebody_is_put_out_is_asked_again(n
 
 
 async def test_its_state_is_kept_in_the_store(node: Node) -> None:
+    node.store.put("other", 60)
     await node.start()
     assert await node.membership.set_state("me", MemberState.DRAINING)
     assert node.heard.view is not None
@@ -507,6 +508,7 @@ async def test_its_state_is_kept_in_the_store(node: Node) -> None:
 
 
 async def test_a_change_of_its_own_while_a_heartbeat_is_answered_is_no_store_that_went_back(node: Node) -> None:
+    node.store.put("other", 60)
     await node.start()
     node.store.hold_answers = held = asyncio.Event()
     await node.clock.advance(HEARTBEAT_S)

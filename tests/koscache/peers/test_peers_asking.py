@@ -36,7 +36,7 @@ async def test_a_question_is_signed_and_says_what_is_asked() -> None:
         question = a.questions[0]
         asked = question.headers["x-kos-ask"].encode()
         assert wire.decode(asked, wire.AskBlock) == block(4)
-        assert wire.signer(SECRET, question.headers["x-kos-auth"], question.path, asked, Clock().now()) == "me"
+        assert wire.signer(SECRET, question.headers["x-kos-auth"], "a", question.path, asked, Clock().now()) == "me"
 
 
 async def test_a_connection_is_used_again() -> None:
