@@ -417,6 +417,7 @@ def _coherence(nodes: int, membership: Membership) -> tuple[Coherence, list[str]
         coherence.greet(other.name)
         coherence.welcomed(other.name, 1, 0.0)
         coherence.hello(wire.Hello(other, 1, 1, 0, 0, (), ()), 0.0)
+        coherence.listening(other.name, 0.0)
     return coherence, [member.name for member in members[1:]]
 
 

@@ -185,7 +185,9 @@ def _from_here(peer: object, local: object) -> bool:
     """
     if not isinstance(peer, tuple) or not isinstance(local, tuple):
         return False
-    return peer[0] == local[0] or ipaddress.ip_address(peer[0].partition("%")[0]).is_loopback
+    address = ipaddress.ip_address(peer[0].partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return bool(peer[0] == local[0] or (mapped or address).is_loopback)
 
 
 def _from_page(request: web.Request) -> bool:

@@ -1,6 +1,6 @@
 """Every figure runs from end to end, on little; its numbers mean nothing here.
 
-A whole node is started for each, so these belong to the slow tests.
+A whole node is started for each but the last, so those belong to the slow tests.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the figures read /proc")]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the figures read /proc")
+
+_WITH_A_NODE = ["cold_get", "put", "uploads", "small_files", "memory", "hot_get", "tls_get", "peer_get"]
 
 
-@pytest.mark.parametrize(
-    "name", ["cold_get", "put", "uploads", "small_files", "memory", "hot_get", "tls_get", "peer_get", "scaling"]
-)
+@pytest.mark.parametrize("name", [*(pytest.param(each, marks=pytest.mark.slow) for each in _WITH_A_NODE), "scaling"])
 def test_quick(name: str, tmp_path: Path) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin")
     if name in ("hot_get", "tls_get", "peer_get") and not (shutil.which("wrk") and (nginx or name != "hot_get")):
