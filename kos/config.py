@@ -447,7 +447,9 @@ def _check_cluster(config: Config) -> Iterator[Complaint]:
             else f"member_lease {show_duration(cluster.member_lease_s)}"
         )
         found = f"{show_duration(cluster.write_wait_s)} with {option}"
-        allowed = f"more than {show_duration(least_s)}, or every write fails while a node that has died is waited for"
+        allowed = (
+            f"more than {show_duration(least_s)}, or writes fail while a node is waited for that cannot be reached"
+        )
         yield Complaint(("cluster", "write_wait"), found, allowed)
     if cluster.hedge_least_s > cluster.hedge_most_s:
         yield Complaint(("cluster", "hedge_least"), "more than hedge_most", "at most cluster.hedge_most")

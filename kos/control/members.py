@@ -246,7 +246,7 @@ class Members:
         async def work(connection: AsyncConnection) -> Beat | Expelled | Superseded | WentBack:
             moved = (await connection.execute(_BEAT, values)).one_or_none()
             if moved is None:
-                return await _not_mine(connection, name, incarnation, holder)
+                return await _not_mine(connection, name, incarnation, known_beats)
             late: tuple[tuple[str, int], ...] = ()
             if moved.any_late:
                 late = tuple((row.name, row.incarnation) for row in await connection.execute(_ALL_LATE, {"me": name}))
@@ -336,18 +336,19 @@ def _row(row: Row[Any]) -> MemberRow:
 
 
 async def _not_mine(
-    connection: AsyncConnection, name: str, incarnation: int, holder: int
+    connection: AsyncConnection, name: str, incarnation: int, known_beats: int
 ) -> Expelled | Superseded | WentBack:
     """Why a heartbeat found no row."""
     found = (
-        await connection.execute(select(MEMBERS.c.incarnation, MEMBERS.c.holder).where(MEMBERS.c.name == name))
+        await connection.execute(select(MEMBERS.c.incarnation, MEMBERS.c.beats).where(MEMBERS.c.name == name))
     ).one_or_none()
     if found is None:
         return Expelled(f"member {name!r}, incarnation {incarnation}, has been removed")
     if found.incarnation != incarnation:
         other = found.incarnation
         return Expelled(f"member {name!r}, incarnation {incarnation}, has been removed; another is incarnation {other}")
-    if found.holder == holder:
+    if found.beats < known_beats:
+        # Whoever takes a row over counts on: so this is an older state of it, held by whoever held it then.
         return WentBack(f"heartbeats of member {name!r}, incarnation {incarnation}, are lost")
     return Superseded(f"another process holds the row of member {name!r}, incarnation {incarnation}")
 

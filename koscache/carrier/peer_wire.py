@@ -55,7 +55,7 @@ CHECKSUM_HEADER: Final = "x-kos-checksum"
 
 #: Clocks of one cluster may be so far apart. A question that is heard again within that time only reads.
 SKEW_S: Final = 300.0
-#: What makes a node work is signed for that node alone; to any other it is no question. It has as much then as it would have.
+#: What has a node bring blocks that nobody waits for is signed for that node alone; to any other it is no question.
 _FOR_ONE: Final = frozenset({AHEAD, TAKE})
 #: Of an encoded question or Said. A record has at most 32 KiB of names and values (carrier.first), which msgpack frames by
 #: up to 5 bytes each; beside it there are bucket, key and version id, 2 KiB. base64 makes 4 bytes of 3: 52 KiB at most.

@@ -27,7 +27,7 @@ from itertools import islice
 from typing import Final
 
 from koscache.cluster import wire
-from koscache.cluster.view import Member, View
+from koscache.cluster.view import LEAP, Member, View
 from koscache.ipc import Message
 
 #: A promise to another node is kept for so much longer than it counts on: clocks differ, and so do a promise's two ends.
@@ -213,8 +213,8 @@ class Coherence:
     name: this member's. lease_s: of what members promise each other. member_lease_s: of what the store says (CONTROL); twice
     that is the long lease. trusted_until: as the daemon before this one left it. before: what it left when it resigned; None: it
     did not. after_crash: it died as this same member, and of what it promised nobody knows. forgot: the store is not the one
-    that it was, so members that no view names may trust, for as long as their last heartbeat lets them. missed: slots of
-    writes that no member has been told of; None: too many to say. first: writes are numbered from here on.
+    that it was, so members that no view names may trust, for as long as their last heartbeat lets them. missed: there are
+    more writes than can be told that no member has been told of. first: writes are numbered from here on.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class Coherence:
         before: Left | None = None,
         after_crash: bool = False,
         forgot: bool = False,
-        missed: frozenset[int] | None = frozenset(),
+        missed: bool = False,
         first: int = 0,
     ) -> None:
         self._name = name
@@ -338,6 +338,9 @@ class Coherence:
             if (known := self._view.find(member.name)) is not None and known.incarnation != member.incarnation
         ]  # fmt: skip
         commands: list[Command] = []
+        if 0 <= self._view.version <= view.version - LEAP:
+            # The next heartbeat will find it as well; this has come from another member, or before.
+            commands += self._hold_for_the_forgotten(now)
         for name in came_back:
             commands += self._forget_what_it_knew(name, self._ins[name], now)
             self._ins[name].lapsed = False
@@ -348,7 +351,7 @@ class Coherence:
             gone += ["?"] if self._after_crash else []  # whoever that was
             self._parting.update(dict.fromkeys(gone, self._kept_until(now, self._lease_s)))
             if self._forgot:
-                self._parting[_FORGOTTEN] = self._kept_until(now, max(self._lease_s, self._member_lease_s))
+                self._hold_for_the_forgotten(now)
             if gone and self._trusted_before <= now:
                 commands.append(NewEpoch("who is gone may have passed over the daemon that was here before"))
         self._view = view
@@ -359,6 +362,12 @@ class Coherence:
         commands += self._follow_wanted(now, since)
         return commands + self._advance_all(now) + self._trust(now)
 
+    def _hold_for_the_forgotten(self, now: float) -> list[Command]:
+        """Members may trust, and pass over us, that no view names: for as long as their last heartbeat lets them."""
+        self._parting[_FORGOTTEN] = self._kept_until(now, max(self._lease_s, self._member_lease_s))
+        self._trusted_until = 0.0
+        return [Trust(0.0)]
+
     def _follow_wanted(self, now: float, since: float) -> list[Command]:
         wanted = self.wanted
         for name in wanted:
@@ -367,7 +376,7 @@ class Coherence:
                 # The daemon that ran here before may have made promises until now.
                 out = self._outs[name] = _Out(now, met=self._complete)
                 missed = self._before.skipped.get(name, ())
-                out.skipped = None if missed is None or self._missed is None else {*missed, *self._missed}
+                out.skipped = None if missed is None or self._missed else set(missed)
                 inn = _In(met=self._complete, daemon=self._before.heard.get(name), renewed_at=since)
                 # Of who was there before us we do not know what he did: until he tells us, or is gone.
                 inn.lapsed = not self._continuous(inn, now)

@@ -200,7 +200,7 @@ class Hub:
             self._me.name, co.Membership(cluster.membership), cluster.lease_s,
             member_lease_s=cluster.member_lease_s, trusted_until=self._trusted_before(),
             before=self._before, after_crash=after_crash, forgot=forgot,
-            missed=self.writes.forgotten, first=self.writes.numbers,
+            missed=self.writes.too_many, first=self.writes.numbers,
         )  # fmt: skip
         self._before = None
         self.writes.under(self._coherence)

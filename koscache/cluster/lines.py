@@ -367,7 +367,8 @@ class Lines:
     def arrived(self, line: _In) -> None:
         """Of strangers the one that came first goes when there are too many: a member proves itself within moments."""
         if len(self._unproven) >= _UNPROVEN_MAX:
-            first = next(iter(self._unproven))
+            # Not one that has shown a proof already, if there is any other.
+            first = next((each for each in self._unproven if each.name is None), next(iter(self._unproven)))
             del self._unproven[first]
             if first.connection is not None:
                 self._say_refused("too many strangers at a time")

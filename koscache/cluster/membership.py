@@ -18,11 +18,11 @@ from kos.clock import Clock
 from kos.config import Config
 from kos.config_values import GIB, join_address
 from kos.control.errors import ControlUnavailable, Expelled, SchemaMissing, WentBack
-from kos.control.members import RESTORED_LIFT, MemberRow, MemberStore
+from kos.control.members import MemberRow, MemberStore
 from kos.control.members import MemberState as StoredState
 from kos.errors import ConfigError
 from koscache.cluster.coherence import RATE_SLACK
-from koscache.cluster.view import Member, MemberState, View
+from koscache.cluster.view import LEAP, Member, MemberState, View
 
 _log: Final = logging.getLogger("koscache.cluster")
 
@@ -156,7 +156,7 @@ class ControlMembership:
                 self._standing.expelled()
                 return
             self._store_back()
-            if beat.version < known or self._lifted(beat.version, known):
+            if beat.version < known or self._lifted(beat.version, self._version):
                 self._lost(known, f"its view is {beat.version}, this node has seen {known}")
                 return
             self._version, self._beats = beat.version, beat.beats
@@ -184,10 +184,11 @@ class ControlMembership:
     @staticmethod
     def _lifted(version: int, known: int) -> bool:
         """Whether somebody found that the store had gone back: he need not have seen as much of it as we."""
-        return known >= 0 and version >= known + RESTORED_LIFT // 2
+        return known >= 0 and version >= known + LEAP
 
     def _see(self, rows: tuple[MemberRow, ...], version: int) -> None:
-        self._version = version
+        if not self._lifted(version, self._version):
+            self._version = version  # else the next heartbeat notices
         self._standing.seen(view_of(rows, version), self.looked_at)
 
     async def _expel(self, late: tuple[tuple[str, int], ...]) -> None:

@@ -10,6 +10,7 @@ has been expelled or has left, and comes back under a new incarnation.
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 import msgspec
 
@@ -45,3 +46,6 @@ class View(msgspec.Struct, frozen=True, array_like=True):
 
 
 NOBODY = View(0, ())
+
+#: A view that is newer by so much is one of a control store that had forgotten members, and was lifted beyond what was known.
+LEAP: Final = 500_000

@@ -147,9 +147,9 @@ class Writes:
     # --- under which Coherence ------------------------------------------------------------------------------------------
 
     @property
-    def forgotten(self) -> frozenset[int] | None:
-        """What the next Coherence is to tell all others of."""
-        return None if self._forgotten is None else frozenset(self._forgotten)
+    def too_many(self) -> bool:
+        """Whether more ended while this node was no member than can be told."""
+        return self._forgotten is None
 
     def under(self, coherence: Coherence) -> None:
         """All that are known here, told from their begin on. Its numbers go on from ours."""
@@ -159,6 +159,10 @@ class Writes:
             self._begin(handle, write)
             if write.ending is not None:
                 self._end(write)
+        if self._forgotten:
+            # As one write: so that all mark its slots before anybody passes them.
+            slots, self._forgotten = sorted(self._forgotten), set()
+            self.forget(self.begin(slots))
 
     def under_none(self) -> None:
         """This node is no member. Those who wait are told again under the next one; so is what nobody waits for any more."""

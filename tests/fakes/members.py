@@ -92,10 +92,10 @@ class MemberTable:
         if name not in self._rows or self._rows[name][0].incarnation != incarnation:
             raise Expelled(name)
         row, held, _ = self._rows[name]
-        if held != holder:
-            raise Superseded(name)
         if self.beats[name] < known_beats:
             raise WentBack(name)
+        if held != holder:
+            raise Superseded(name)
         now = self.clock.monotonic()
         self._rows[name] = row, holder, now + ttl_s
         late = tuple(

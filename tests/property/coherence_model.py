@@ -24,7 +24,7 @@ from typing import Any
 from koscache.cluster import coherence as co
 from koscache.cluster import wire
 from koscache.cluster.coherence import RATE_SLACK, Coherence, Membership
-from koscache.cluster.view import Member, View
+from koscache.cluster.view import LEAP, Member, View
 
 LEASE_S = 1.0
 MEMBER_LEASE_S = 5.0
@@ -40,6 +40,7 @@ LIFT = 1_000_000
 #: A daemon that starts does not know that the store has forgotten members, and lets none of them part: a limit. So none starts
 #: before those have noticed, and then for so long.
 NO_START_S = 2 * MEMBER_LEASE_S
+FORGOT_S = MEMBER_LEASE_S * (1 + RATE_SLACK)
 MENDING = ("go", "thaw", "start", "heal", "mend", "mend")
 
 
@@ -90,7 +91,7 @@ class Node:
     known: int = -1
     beats: int = -1
     noticed_at: float = -math.inf
-    forgot: bool = False
+    forgot_until: float = -math.inf
 
     @property
     def works(self) -> bool:
@@ -212,7 +213,7 @@ class Model:
         # Who finds what the one before left goes on as the same.
         node.daemon, node.before = node.left or (next(self.fresh), None)
         node.left, node.numbers = None, next(self.fresh) << 32
-        node.known, node.forgot = -1, False
+        node.known, node.forgot_until = -1, -math.inf
         if self.static:
             node.member = self.rows[name][0]
             self.begin_coherence(node, after_crash=not new and node.before is None)
@@ -309,8 +310,10 @@ class Model:
                     break
             node.joined_at, node.noticed_at = sent, self.now
             node.looked_at = sent
-            forgot = node.forgot or self.lifted(view.version, node.known)
-            node.known, node.beats, node.forgot = view.version, beats, False
+            if self.lifted(view.version, node.known):
+                node.forgot_until = self.clock(node) + FORGOT_S
+            forgot = sent < node.forgot_until
+            node.known, node.beats = view.version, beats
             self.joined(node, member, view, resumed, forgot)
             self.do(node, node.c.stood(sent + MEMBER_LEASE_S * (1 - RATE_SLACK), (), self.clock(node)))
             yield from self.stay(node)
@@ -329,7 +332,7 @@ class Model:
             if row is None or row[0].incarnation != node.member.incarnation:
                 return
             if row[2] < node.beats:
-                node.known, node.forgot = known, True
+                node.known, node.forgot_until = known, self.clock(node) + FORGOT_S
                 self.count("forgotten")
                 return
             beats = row[2] + 1
@@ -340,8 +343,8 @@ class Model:
                 yield
                 if node.store_away:
                     continue
-            if view.version < known or self.lifted(view.version, known):
-                node.known, node.forgot = known, True
+            if view.version < known or self.lifted(view.version, node.known):
+                node.known, node.forgot_until = known, self.clock(node) + FORGOT_S
                 self.count("forgotten")
                 return
             node.known, node.beats, node.noticed_at = view.version, beats, self.now
@@ -363,7 +366,8 @@ class Model:
                     del self.rows[name]
                     self.store_version += 1
                     self.count("expelled")
-                node.known = self.store_version
+                if not self.lifted(self.store_version, node.known):
+                    node.known = self.store_version
                 self.see(node, self.view(), node.looked_at)
 
     def just_restored(self) -> bool:
@@ -371,7 +375,7 @@ class Model:
         return elders or self.now < self.restored_at + NO_START_S
 
     def lifted(self, version: int, known: int) -> bool:
-        return known >= 0 and version >= known + LIFT // 2
+        return known >= 0 and version >= known + LEAP
 
     def joined(self, node: Node, member: Member, view: View, resumed: bool, forgot: bool) -> None:
         node.member = member

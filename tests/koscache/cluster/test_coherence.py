@@ -32,7 +32,7 @@ from koscache.cluster.coherence import (
     Trust,
     Unmark,
 )
-from koscache.cluster.view import Member, View
+from koscache.cluster.view import LEAP, Member, View
 
 STATIC, CONTROL = Membership.STATIC, Membership.CONTROL
 LEASE_S = 1.0
@@ -648,6 +648,30 @@ def test_where_the_store_has_forgotten_members_their_time_in_it_is_waited_for() 
     commands = s.wait(0.002)
     assert told(commands) == [("a", END(number))]
     assert acks(commands) != []
+
+
+def test_a_view_that_leaps_is_one_of_a_store_that_has_forgotten_members() -> None:
+    """However it comes here: the next heartbeat, which notices, may be seconds away."""
+    s = Script("a", "x", membership=CONTROL)
+    s.renew()
+    number, _ = s.begin(5)
+    s.has_begin("a", number)
+    s.c.lost("x")
+    commands = s.view("a", version=1 + LEAP)
+    assert trusts(commands) == [0.0]
+    assert trusts(s.stood()) == []
+    s.end(number)
+    kept_s = MEMBER_LEASE_S * (1 + RATE_SLACK) + 0.05
+    s.now += kept_s - 1
+    s.stood()
+    assert told(s.wait(0.999)) == []
+    assert told(s.wait(0.002)) == [("a", END(number))]
+
+
+def test_a_view_that_is_newer_by_less_is_one_like_any_other() -> None:
+    s = Script("a", "x", membership=CONTROL)
+    s.renew()
+    assert 0.0 not in trusts(s.view("a", "x", version=LEAP))
 
 
 def test_and_nothing_is_trusted_meanwhile() -> None:

@@ -18,7 +18,7 @@ from kos.control.members import MemberState as StoredState
 from kos.errors import ConfigError
 from kos.tasks import Tasks
 from koscache.cluster.membership import ControlMembership, own_member, static_view, view_of
-from koscache.cluster.view import Member, MemberState, View
+from koscache.cluster.view import LEAP, Member, MemberState, View
 from tests.fakes.cache_node import settings
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.members import MemberTable
@@ -356,6 +356,26 @@ async def test_a_store_that_has_lost_heartbeats_has_forgotten_how_long_others_ma
     assert "late" in node.store.names
     await node.clock.advance(LEASE_S + 2 * HEARTBEAT_S)
     assert "late" not in node.store.names
+
+
+@pytest.mark.parametrize("told_by", ["another member", "its own look"])
+async def test_a_leap_is_noticed_also_if_something_else_has_told_of_it_first(node: Node, told_by: str) -> None:
+    node.store.put("other", 60)
+    await node.start()
+    node.store.version += RESTORED_LIFT
+    if told_by == "another member":
+        node.heard.told_version = node.store.version
+    else:
+        await node.membership.set_state("me", MemberState.DRAINING)
+    await node.clock.advance(HEARTBEAT_S)
+    assert node.heard.forgot == [False, True]
+    await node.clock.advance(LEASE_S)
+    assert node.heard.kinds().count("joined") == 2
+
+
+def test_what_counts_as_a_leap_is_no_more_than_what_a_store_is_lifted_by() -> None:
+    """Whoever lifts it need not have seen as much of it as others."""
+    assert LEAP <= RESTORED_LIFT // 2
 
 
 @pytest.mark.parametrize("expelled", [False, True])
