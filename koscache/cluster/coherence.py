@@ -258,6 +258,7 @@ class Coherence:
         self._least_renewed = -math.inf
         #: who may trust though no view names him, and until when
         self._parting: dict[str, float] = {}
+        self._held_until: float | None = None
         self._complete = False
         self._resigned = False
         #: acknowledgements that wait until nobody holds a lease of ours whom the asker does not know
@@ -364,7 +365,8 @@ class Coherence:
 
     def _hold_for_the_forgotten(self, now: float) -> list[Command]:
         """Members may trust, and pass over us, that no view names: for as long as their last heartbeat lets them."""
-        self._parting[_FORGOTTEN] = self._kept_until(now, max(self._lease_s, self._member_lease_s))
+        self._held_until = self._kept_until(now, max(self._lease_s, self._member_lease_s))
+        self._parting[_FORGOTTEN] = self._held_until
         self._trusted_until = 0.0
         return [Trust(0.0)]
 
@@ -431,11 +433,18 @@ class Coherence:
     def _trust(self, now: float) -> list[Command]:
         """Trust holds (1) while every member has granted a lease; or (2) while own membership holds, and every member has
         granted a long lease or was late at the last heartbeat: such a one does not pass over us, see _excused."""
-        if self._resigned or self._parting.get(_FORGOTTEN, now) > now:
-            return []  # who is forgotten goes by his own row still, so he may pass over us
+        commands: list[Command] = []
+        if self._resigned:
+            return []
+        if self._held_until is not None:
+            # Who is forgotten goes by his own row still, so he may pass over us all that time.
+            if now < self._held_until:
+                return []
+            self._held_until = None
+            commands.append(NewEpoch("members that the control store had forgotten may have passed over this node"))
         if not self._complete:
             if not all(self._outs[name].met and self._ins[name].met for name in self._outs) or self._view.version < 0:
-                return []
+                return commands
             self._complete = True
         self._least_renewed = min((inn.renewed_at for inn in self._ins.values()), default=math.inf)
         until = self._least_renewed + self._lease_s
@@ -445,10 +454,10 @@ class Coherence:
             covered = min((self._covered(name, inn) for name, inn in self._ins.items()), default=math.inf)
             # Who has nobody to renew him has the store alone: somebody may have joined of whom he does not know.
             until = max(until if self._ins else -math.inf, min(self._member_until, covered))
-        if until == self._trusted_until:
-            return []
-        self._trusted_until = until
-        return [Trust(until)]
+        if until != self._trusted_until:
+            self._trusted_until = until
+            commands.append(Trust(until))
+        return commands
 
     def _covered(self, name: str, inn: _In) -> float:
         """Until when the member does not pass over us. One that is late does not, unless it could before it was."""
