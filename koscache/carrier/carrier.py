@@ -56,7 +56,8 @@ _UNSETTLED_SLOTS_MAX: Final = 1_000_000
 _SLOTS_A_MESSAGE: Final = 8192
 #: Blocks that are looked up at once, the loop standing still: with blocks of 8 MiB an object of 2 GiB.
 _RUN_MAX: Final = 256
-#: All fill buffers of a worker together. One is enough for a fill, and fills wait for each other's.
+#: All buffers of a worker for fills from the origin together, and as much for those from other nodes. One is enough for a fill,
+#: and fills wait for each other's.
 _BUFFERS_BYTES: Final = 32 * 1024 * 1024
 _ANY: Final = Want()
 #: Fills of a worker at which it takes no more from a node that is about to leave.
@@ -120,11 +121,14 @@ class Carrier:
         self._tasks = tasks
         self._block_bytes = cache.block_bytes
         self._link = Link(cache, clock, tasks, self)
-        buffers = BufferPool(cache.fill_buffer_bytes, _buffers_max(cache.fill_buffer_bytes, config.origin.connections))
+        buffers, peer_buffers = (
+            BufferPool(cache.fill_buffer_bytes, _buffers_max(cache.fill_buffer_bytes, config.origin.connections))
+            for _ in range(2)
+        )
         threads = ThreadPoolExecutor(cache.write_threads, thread_name_prefix="fill")
         self._upstream = Upstream(config, rules, peers, touches, clock, tasks, reader.locate)
         self._context = Context(
-            config, reader, origin, rules, clock, tasks, self._link, buffers, threads, self._upstream
+            config, reader, origin, rules, clock, tasks, self._link, buffers, peer_buffers, threads, self._upstream
         )
         self._write_wait_s = config.cluster.write_wait_s if config.cluster.enabled else None
         self._blocks = Blocks(self._context)

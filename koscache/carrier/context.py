@@ -60,6 +60,8 @@ class BufferPool:
 
     def __init__(self, buffer_bytes: int, buffers_max: int) -> None:
         self.buffer_bytes = buffer_bytes
+        #: buffers that there are
+        self.made = 0
         self._left = buffers_max
         self._free: list[bytearray] = []
         self._waiting: deque[asyncio.Future[bytearray]] = deque()
@@ -72,6 +74,7 @@ class BufferPool:
             return self._free.pop()
         if self._left > 0:
             self._left -= 1
+            self.made += 1
             return bytearray(self.buffer_bytes)
         return None
 
@@ -113,6 +116,7 @@ class Context:
     tasks: Tasks
     link: Link
     buffers: BufferPool
+    peer_buffers: BufferPool
     threads: ThreadPoolExecutor
     upstream: Upstream
 

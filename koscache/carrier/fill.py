@@ -192,9 +192,10 @@ class Fill:
         while True:
             try:
                 response = await self._answer(sink.received_bytes)
-                sink.source = None if isinstance(response, PeerResponse) else "origin"
+                peer = isinstance(response, PeerResponse)
+                sink.source = None if peer else "origin"
                 try:
-                    await sink.attach(response.resume, response.close)
+                    await sink.attach(response.resume, response.close, peer=peer)
                     await response.into(sink, length - sink.received_bytes)
                 finally:
                     response.close()

@@ -32,6 +32,7 @@ class FileSink:
 
     def __init__(self, context: Context, fd: int, offset: int, length: int, moved: Callable[[int], None]) -> None:
         self._pool: BufferPool = context.buffers
+        self._pools = context.buffers, context.peer_buffers
         self._threads = context.threads
         self._loop = asyncio.get_running_loop()
         self._fd = fd
@@ -54,16 +55,19 @@ class FileSink:
         self.error: OSError | None = None
         self.source: str | None = "origin"
 
-    async def attach(self, resume: Callable[[], None], stop: Callable[[], None]) -> None:
-        """Makes room for the answer that will be read next. resume: go on reading; stop: give it up, the disk failed.
+    async def attach(self, resume: Callable[[], None], stop: Callable[[], None], *, peer: bool) -> None:
+        """Makes room for the answer that will be read next. resume: go on reading; stop: give it up, the disk failed. peer: it is
+        another node's, not the origin's.
 
         Buffers are waited for by who has a connection, and given back before the next connection is waited for: so those
-        who hold buffers can always end, and those who wait for one will get it.
+        who hold buffers can always end, and those who wait for one will get it. What another node sends it may still be bringing
+        itself, from the origin, and needs buffers there: so those of the two kinds never wait for each other, or all nodes would.
         """
         self._resume = resume
         self._stop = stop
         self._paused = False
         if self._filling is None:
+            self._pool = self._pools[peer]
             self._fill_into(await self._pool.take())
 
     # --- BodySink -------------------------------------------------------------------------------------------------

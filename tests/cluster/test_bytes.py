@@ -17,6 +17,9 @@ from tests.fakes.generated import Generated
 
 MIB = 1 << 20
 SMALL = 1000
+#: The origin is this process, and may send nothing for seconds on a machine that has much to do; who waits for it behind another
+#: node must not take that one for dead.
+PATIENT = {"read_timeout": "60s"}
 
 
 def read_all(them: Cluster, objects: dict[str, bytes | Generated], share: float = 1.0) -> None:
@@ -67,6 +70,7 @@ def test_five_nodes_read_everything_from_the_origin_once(tmp_path: Path, large_b
             "block_size": f"{large_bytes // 256 // 1024}KiB",
             "segment_size": "68MiB",
         },
+        "cluster": PATIENT,
         "rules": [{"match": "*", "freshness": "immutable", "local_copy": "never"}],
     }
     with cluster(tmp_path, 5, network="direct", weights=weights, settings=settings) as them:
@@ -91,6 +95,7 @@ def test_eight_nodes_pull_one_object_at_once(tmp_path: Path, size: int) -> None:
     block = min(8, size // MIB // 64)
     settings: dict[str, Any] = {
         "cache": {"size": f"{max(512, 2 * size // MIB)}MiB", "block_size": f"{block}MiB", "segment_size": "68MiB"},
+        "cluster": PATIENT,
         "rules": [{"match": "*", "freshness": "immutable", "local_copy": "always"}],
     }
     with cluster(tmp_path, 8, network="direct", settings=settings) as them:

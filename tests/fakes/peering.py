@@ -491,10 +491,11 @@ class PeerNode:
         """What was not given back, in words."""
         found: list[str] = []
         for worker in self.workers:
-            pool = worker.carrier._context.buffers
-            out = self._buffers_max - pool._left - len(pool._free)
-            if out or pool._waiting:
-                found.append(f"{out} buffers")
+            context = worker.carrier._context
+            for pool in (context.buffers, context.peer_buffers):
+                out = pool.made - len(pool._free)
+                if out or pool._waiting:
+                    found.append(f"{out} buffers")
             reader = worker.reader
             lent = {segment: reader._held[segment].borrows for segment in reader.held()}
             found += [f"segment {segment} borrowed {count} times" for segment, count in lent.items() if count]
@@ -504,11 +505,6 @@ class PeerNode:
         if self.daemon._leases.granted_bytes:
             found.append(f"{self.daemon._leases.granted_bytes} bytes granted")
         return found
-
-    @property
-    def _buffers_max(self) -> int:
-        cache = self.config.cache
-        return min(2 * self.config.origin.connections, max(1, 32 * 1024 * KIB // cache.fill_buffer_bytes))
 
 
 def _at_rest(worker: Worker) -> bool:

@@ -15,6 +15,7 @@ from kos import metrics
 from kos.config import ALWAYS, Rule
 from kos.errors import OriginRefused, S3Error
 from koscache.carrier import Phase, Reason, Want
+from koscache.carrier import carrier as carrier_module
 from koscache.carrier import peer_wire as wire
 from koscache.cluster.view import MemberState, View
 from koscache.content import Record
@@ -616,6 +617,32 @@ async def test_who_is_busy_or_cannot_store_takes_nothing(tmp_path: Path) -> None
         assert not taker.carrier.take("b", "k", record, (31,), giver.name)
         await taker.start_daemon()
         await until(lambda: taker.carrier.caching)
+
+
+async def test_fills_from_other_nodes_leave_room_for_those_that_the_others_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each node has buffers waiting for bytes of the others, which need buffers to have them brought."""
+    monkeypatch.setattr(carrier_module, "_buffers_max", lambda *_: 2)
+    patient = {"read_timeout_s": 30.0}
+    async with PeerCluster(
+        tmp_path, 3, rules=rules("always"), cluster=patient, patience_s=0.01, fill_ahead_bytes=64 * BLOCK
+    ) as them:
+        body = random.Random(3).randbytes(48 * BLOCK)
+        await known(them, "k", body)
+        for node in them.nodes:
+            await node.read("b", "k", block_of(0))  # so that they look ahead at once
+        await them.settled()
+        hold = them.origin.hold(at="head", method="GET", times=None)
+        reading = asyncio.ensure_future(them.read_all("b", "k"))
+        # Heads of the others are here, and their bytes are not.
+        pools = [(each.buffers, each.peer_buffers) for each in (node.carrier._context for node in them.nodes)]
+        await until(lambda: all(any(pool.made == 2 and not pool._free for pool in each) for each in pools))
+        hold.release()
+        async with asyncio.timeout(SOON_S):
+            assert all(each.body == body for each in await reading)
+            await them.settled()
+        assert sorted(start for start, _ in them.gets("k")) == list(range(0, len(body), BLOCK))
 
 
 # --- nodes of several workers -----------------------------------------------------------------------------------------------
