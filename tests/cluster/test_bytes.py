@@ -88,13 +88,11 @@ def test_five_nodes_read_everything_from_the_origin_once(tmp_path: Path, large_b
 
 
 @pytest.mark.parametrize(
-    "size", [128 * MIB, pytest.param(4 << 30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    "size", [256 * MIB, pytest.param(4 << 30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 def test_eight_nodes_pull_one_object_at_once(tmp_path: Path, size: int) -> None:
-    # Few blocks cannot be shared evenly.
-    block = min(8, size // MIB // 64)
     settings: dict[str, Any] = {
-        "cache": {"size": f"{max(512, 2 * size // MIB)}MiB", "block_size": f"{block}MiB", "segment_size": "68MiB"},
+        "cache": {"size": f"{max(512, 2 * size // MIB)}MiB", "block_size": "8MiB", "segment_size": "68MiB"},
         "cluster": PATIENT,
         "rules": [{"match": "*", "freshness": "immutable", "local_copy": "always"}],
     }
