@@ -124,7 +124,7 @@ class ControlMembership:
             assert me is not None, "who joins is a member"
             self.me = me
             if self._lifted(joined.version, self._version):
-                self._forget_none()
+                self._wait_for_the_forgotten()
             self._version, self._beats = joined.version, joined.beats
             self._joined_at = self.looked_at = sent
             forgot = sent < self._forgot_until
@@ -174,10 +174,10 @@ class ControlMembership:
         """The store is a new one, or has gone back to an earlier state. Of members that it does not name it knows nothing."""
         _log.error("the control store has forgotten members: this node joins again", extra={"reason": reason})
         self._version = known
-        self._forget_none()
+        self._wait_for_the_forgotten()
         self._standing.expelled()
 
-    def _forget_none(self) -> None:
+    def _wait_for_the_forgotten(self) -> None:
         ttl_s = self._cluster.member_lease_s
         self._forgot_until = self._now() + ttl_s * (1 + RATE_SLACK)
 

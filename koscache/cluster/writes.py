@@ -101,11 +101,9 @@ class Writes:
         else:
             self._carry_out(self._coherence.end(write.number, self._now(), None))
 
-    def _remember(self, slots: Iterable[int] | None) -> None:
+    def _remember(self, slots: Iterable[int]) -> None:
         """Others are to hear of them, for nobody's sake, when this node is a member again."""
-        if slots is None:
-            self._forgotten = None
-        if self._forgotten is not None and slots is not None:
+        if self._forgotten is not None:
             self._forgotten.update(slots)
             if len(self._forgotten) > SKIPPED_MAX:
                 self._forgotten = None
